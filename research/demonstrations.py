@@ -66,7 +66,7 @@ def _corrupt_call(call: ToolCall, sample: ToolSample, rng: random.Random, defect
         others = [t["function"]["name"] for t in sample.tools if t["function"]["name"] != call.name]
         return ToolCall(rng.choice(others), arguments)
     if defect == "wrong_value":
-        # Another value of the same slot, so that the argument stays plausible.
+        # Draw another value of the same slot, so that the argument stays plausible.
         slot = next(slot for slot, words in SLOTS.items() if arguments[key].split("-")[0] in words)
         return ToolCall(call.name, {**arguments, key: _draw_other_value(rng, slot, arguments[key])})
     if defect == "wrong_key":

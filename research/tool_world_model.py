@@ -191,7 +191,7 @@ def _build_recall_row(
 
 
 def _draw_quoted(rng: random.Random, decision: Decision) -> list[str]:
-    # Pieces of a tool name, an argument name or a value of the training split, so that held-out texts stay unseen. If
+    # Returns pieces of a training tool name, argument name or value, so that held-out texts stay unseen. If
     # the call decides, names are fixed and only values are copied.
     kind = rng.randrange(3) if decision == "reasoning" else 2
     if kind == 0:

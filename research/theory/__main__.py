@@ -119,7 +119,7 @@ def run_theory(arguments: argparse.Namespace) -> None:
     check_numbers(arguments)
     out = Path(arguments.out) if arguments.out else choose_unused_folder("theory", arguments.model, JSON_FILE)
     config = resolve_run(arguments.model, arguments.data, arguments.set)
-    # Pilot and judged prompts are sampled with different seeds, 2 S and 2 S + 1, so that no seed of a user repeats one.
+    # The pilot is sampled with seed 2 S, the judged prompts with seed 2 S + 1, so that no two values of S share a seed.
     samplings = [
         build_sampling(config, group, seed, arguments.progress, arguments.max_new_tokens, arguments.batch_size)
         for seed, group in enumerate((arguments.pilot_group, arguments.group), start=2 * arguments.seed)
@@ -128,7 +128,7 @@ def run_theory(arguments: argparse.Namespace) -> None:
     remedy = "add data" + (f", or lower --pilot (at least {MIN_PILOT})" * (arguments.pilot > MIN_PILOT))
     number, least = arguments.prompts + arguments.pilot, MIN_PROMPTS + arguments.pilot
     prompts = draw_prompts(config, layout, number, arguments.seed, screen, samplings[0].max_new_tokens, least, remedy)
-    # Disjoint: no rule is judged on a prompt that the optimum was computed from.
+    # The sets are disjoint: no rule is judged on a prompt that the optimum was computed from.
     pilot, judged = prompts[: arguments.pilot], prompts[arguments.pilot :]
     settings = TheorySettings(
         token_responses=arguments.group,

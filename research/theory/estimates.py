@@ -16,7 +16,7 @@ from rest_rl.probe.variance import Estimate, GradientSeries, divide_or_nan, rela
 TWO_SIGMA_TAIL = 0.0455
 """Probability that a normal variable is more than two standard errors off, in either direction."""
 DOMINANT_SHARE = 0.5
-"""A unit with a larger share of the summed squared norms dominates the second moment."""
+"""A unit (a prompt with its responses) with a larger share of the sum of squared norms dominates the second moment."""
 
 
 class GradientFigures(NamedTuple):
@@ -29,7 +29,7 @@ class GradientFigures(NamedTuple):
     ratio: Estimate
     """variance / |E g|²."""
     cosine: Estimate
-    """Between E g and the true gradient: the directional cost of reweighting."""
+    """Cosine between E g and the true gradient t: how far reweighting changes the direction."""
     eff: Estimate
     """<E g, t> / sqrt(E|g|² |t|²): expected improvement per unit step, in [-1, 1]."""
     eff_adam: Estimate
@@ -39,7 +39,7 @@ class GradientFigures(NamedTuple):
     eff_adam_gain: Estimate
     """eff_adam / eff_adam of the baseline - 1."""
     lead: Estimate
-    """<E g, t> / sqrt(E|g|²) minus the baseline's; it has no divisor, so its sign is reliable where a gain is noise."""
+    """<E g, t> / sqrt(E|g|²) minus the baseline's. Its sign is reliable even if the gain, a ratio, is noise."""
     adam_lead: Estimate
     """The same after Adam's scaling."""
     largest_share: float

@@ -82,7 +82,7 @@ def measure_group_size_curves(
             "sample more",
         )
     sizes = tuple(2**k for k in range(1, count.bit_length()) if 2 ** (k + 1) <= count)
-    # The fixed baseline comes from the other prompts: from the same responses it would no longer be fixed.
+    # The fixed baseline comes from the other prompts: computed from the same responses, it would not be fixed.
     rewards = np.array([one.rewards_n.mean() for one in prompts])
     elsewhere_P = (rewards.sum() - rewards) / (len(rewards) - 1)
     curves = []

@@ -95,7 +95,7 @@ class Theory(NamedTuple):
     regions: tuple[RegionTokens, ...]
     contrast: RegionContrast | None
     rank_correlation: float
-    """Spearman's, between 1 - exp(-H) and E_y |s_t|² of a token."""
+    """Spearman's correlation between 1 - exp(-H) and E_y |s_t|² over tokens."""
     bounds: dict[str, BoundChain]
     """Theorem 1 by rule; empty if `optimum` is None."""
     closed_form: ClosedFormCheck
@@ -174,7 +174,7 @@ def max_coordinates(longest: int, groups: int) -> int:
 
     `longest` is the number of tokens of the longest pilot response.
     """
-    # Two peaks at 4 bytes an entry: one vector per token of a response, or one per group for each rule of a round.
+    # Two peaks, 4 bytes an entry: one vector per token of a response, or one per group for each rule of a round.
     return max(1, min(MAX_COORDINATES, MAX_GRADIENT_BYTES // (4 * max(longest, groups * (RULES_PER_PASS + 2)))))
 
 

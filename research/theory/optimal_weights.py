@@ -42,7 +42,7 @@ class RegionOptimum(NamedTuple):
 
 
 class ClosedFormCheck(NamedTuple):
-    """Theorem 2 compared with a numerical minimizer, token by token; the response with the largest difference."""
+    """Theorem 2 compared with a numerical minimizer, token by token: the largest differences over the responses."""
 
     responses: int
     entropy_excess: float
@@ -62,7 +62,7 @@ def check_closed_form(responses: Sequence[ResponseTokens], floor: float = 1e-3) 
 
 
 def compare_with_scipy(betas_T: np.ndarray) -> float:
-    # At least 0 if the closed form is the minimum.
+    # The result is at least 0 if the closed form is the minimum.
     shares_T = np.full(len(betas_T), 1 / len(betas_T))
     # Token form: equal shares and a diagonal C.
     ours, theirs = (
@@ -134,7 +134,7 @@ class Moments(NamedTuple):
 
     def relative(self, weights_R: np.ndarray, *, by_theorem: bool = False) -> float:
         """Return the second moment relative to uniform weights, with the weights scaled to a token mean of 1."""
-        # Solutions of one half need not have mean 1 on the other.
+        # Weights computed on one half need not have mean 1 on the other half.
         weights_R = weights_R / (self.shares_R @ weights_R)
         moments_RR = np.diag(self.betas_R) if by_theorem else self.moments_RR
         return ratio_or_nan(float(weights_R @ moments_RR @ weights_R), float(moments_RR.sum()))

@@ -27,7 +27,7 @@ from rest_rl.response import NUM_REGIONS, Region
 TOLERANCE = 1e-9
 """Rounding error allowed in the inequality of Lemma 2."""
 MIN_REGION_SHARE = 0.01
-"""Share of the tokens below which a region is left out of the contrast."""
+"""Share of the tokens below which a region is left out of the contrast between regions."""
 MIN_COLLISION = 1e-6
 """Tokens with a smaller 1 - sum p² do not count for the gain: numerator and divisor are rounding errors."""
 
@@ -69,7 +69,7 @@ class LemmaTwo(NamedTuple):
     tightness: float
     """Mean of 1 - sum p² over the mean of 1 - exp(-H); 1 is tight."""
     z: float
-    """Standard errors between the sampled tokens' mean |e_y - p|² and the mean 1 - sum p²; large if off-policy."""
+    """Mean |e_y - p|² of the sampled tokens minus mean 1 - sum p², in standard errors; large if off-policy."""
 
 
 class RegionTokens(NamedTuple):
@@ -95,24 +95,24 @@ class RegionContrast(NamedTuple):
     log_ratio: Estimate
     """Natural logarithm of the ratio of their E|s|² / (1 - exp(-H))."""
     is_sure: bool
-    """Whether it is significant as the most extreme of all pairs."""
+    """Whether the ratio is significant, given that it is the most extreme of all pairs."""
 
 
 class BoundChain(NamedTuple):
-    """From the measured second moment of a response's gradient to the bound; the ratios are costs of assumptions."""
+    """Steps from the measured second moment of a response's gradient to the bound; a ratio is the cost of a step."""
 
     measured: Estimate
     """E|g|²."""
     bound: Estimate
     """Right side of Theorem 1."""
     advantage: Estimate
-    """A_max² instead of each response's A²."""
+    """Cost of A_max² instead of each response's A²."""
     cross_terms: Estimate
-    """Uncorrelated tokens, each with its expected square; 1 in expectation for weights fixed in advance."""
+    """Cost of taking tokens as uncorrelated, with their expected squares; 1 on average for weights fixed in advance."""
     gain: Estimate
-    """The largest gain L² times 1 - sum p² instead of each token's E_y |s_t|²."""
+    """Cost of the largest gain L² times 1 - sum p² instead of each token's E_y |s_t|²."""
     entropy: Estimate
-    """1 - exp(-H) instead of 1 - sum p² (Lemma 2)."""
+    """Cost of 1 - exp(-H) instead of 1 - sum p² (Lemma 2)."""
 
     @property
     def looseness(self) -> float:

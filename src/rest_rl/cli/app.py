@@ -40,7 +40,7 @@ def root(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of errors")] = False,
 ) -> None:
     """Train language models to call tools with ResT, which weights each token by its region."""
-    del debug  # `run_command` and `is_debug` read it from the context
+    del debug  # `run_command` and `is_debug` read the option from the context
     if version:
         from rest_rl import __version__
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def warning_printer() -> Callable[..., None]:
-    # Show renamed names as one line, each once, and other warnings as Python does.
+    # Print a warning about a renamed name as one line, only once, and other warnings as Python does.
     # A run file is read more than once per command, so the same warning would repeat.
     show_other, printed = warnings.showwarning, set[str]()
 
@@ -128,7 +128,7 @@ def run_command(given: list[str], after_dashes: list[str]) -> int:
 
 
 def describe_usage_error(error: typer.TyperException) -> str:
-    # Typer 0.29 explains a value of the wrong type in pydantic's words, which say neither the value nor what is right.
+    # Typer 0.29 explains a value of the wrong type in pydantic's words, which name neither the value nor valid ones.
     text = one_line(error.format_message()).rstrip(".")
     option, faults = re.match(r"Invalid value for '(\S+)'", text), getattr(error.__cause__, "errors", list)()
     if not option or not faults:

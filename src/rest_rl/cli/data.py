@@ -83,7 +83,7 @@ class Reading:
     seed: Annotated[int, Option(metavar="S", help="seed of masking and splitting")] = 0
 
     def layout(self) -> PromptLayout | None:
-        # The prompt layout of --model, in the format that training would use; None without --model.
+        # Returns the prompt layout of --model, in the format that training would use; None without --model.
         from rest_rl.formats import get_format
 
         if self.model is None:
@@ -107,7 +107,7 @@ class Reading:
         return PromptLayout(tokenizer, name, context=policy_context_length(ModelTable(path=path), tokenizer))
 
     def settings(self, layout: PromptLayout | None, test: str | None = None) -> dict[str, Any]:
-        # The arguments of `check_data` and `read_rows`, with a progress bar on a terminal.
+        # Returns the arguments of `check_data` and `read_rows`, with a progress bar on a terminal.
         settings = {**vars(self), "allow": self.allow or (), "layout": layout, "test": test}
         del settings["model"], settings["format"]
         if self.max_response_tokens is None:
@@ -185,7 +185,7 @@ def convert(
             for sample in row.samples:
                 write(sample)
             write_rejected(row)
-        require_rows(report, files)  # inside the block, so that no empty file remains
+        require_rows(report, files)  # within the block, so that an error leaves no empty file
     if not as_json:
         show_report(report, 0)
         rejected = rejected_path(path)
@@ -285,7 +285,7 @@ def require_rows(report: DataReport, files: Sequence[str]) -> None:
 
 
 def finish(report: DataReport, printed: Mapping[str, Any] | None, strict: bool) -> int:
-    # Print the report as JSON, merged with `printed`, unless that is None; return the exit code.
+    # If `printed` is not None, print it merged with the report, as JSON. Return the exit code.
     from rest_rl.jsonl import as_json
 
     if printed is not None:

@@ -102,7 +102,7 @@ def _evaluate(values: dict[str, Any]) -> int:
     values |= {name: _parts(name, values[name]) for name in ("categories", "ids")}
     if values["extra_body"] is not None:
         values["extra_body"] = _extra_body(values["extra_body"])
-    # All checks that need no model come first: a mistake must not cost the minutes of loading one.
+    # All checks that need no model come first: a mistake then does not cost the minutes of loading one.
     request = EvalRequest(**values, command=tuple(sys.argv))
     if request.source == "checkpoint":
         from rest_rl.evaluate.origin import resolve_origin

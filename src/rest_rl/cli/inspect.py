@@ -97,7 +97,7 @@ def inspect(
 
     settings = {"preset": get_preset(preset), "progress": progress, "entropies": read_entropies(entropies)}
     loaded, console = load_tokenizer(embedded_model_dir() if tokenizer == EMBEDDED else tokenizer), Console()
-    # The chat template decides, as in training. Only without one are the responses themselves the evidence.
+    # The chat template determines the format, as in training; without a template, the responses determine it.
     if tool_format == AUTO and getattr(loaded, "chat_template", None):
         tool_format, why = resolve_format(AUTO, loaded)
         print(f"format {tool_format}: {why}", file=sys.stderr)
@@ -121,7 +121,7 @@ def inspect(
 
 
 def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> Inspected:
-    # The tokens of one response with the regions and weights that training would use.
+    # Returns the tokens of one response with the regions and weights that training would use.
     import torch
 
     from rest_rl.presets import compute_token_weights
@@ -168,7 +168,7 @@ def runs(response: Inspected) -> Iterator[tuple[str, str]]:
 
 
 def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    # The token ids of a row: its `ids`, or its tokenized `response`.
+    # Returns the token ids of a row: its `ids`, or its tokenized `response`.
     from rest_rl.jsonl import require_text
 
     ids = row.get("ids")

@@ -49,7 +49,7 @@ def format_of_rows(name: str, file: str) -> tuple[str, Iterator[tuple[int, bytes
 
 
 def score_row(row: Mapping[str, Any], tool_format: str, preset: str, progress: float) -> dict[str, Any]:
-    # The score of one row; its `step` overrides `progress` (step 150 of the paper's schedule is progress 1).
+    # Returns the score of a row; its `step` overrides `progress` (step 150 of the paper's schedule is progress 1).
     from rest_rl.authors_code import SCHEDULE_STEPS
     from rest_rl.errors import UserError
     from rest_rl.jsonl import require_text

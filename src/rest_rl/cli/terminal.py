@@ -173,7 +173,7 @@ class Screen(Observer):
             now = time.monotonic()
             pause = min(max(LINE_PAUSES[0], (now - begin) / 20), LINE_PAUSES[1])
             if not self.console.is_terminal and (done == total or now - self._last_line >= pause):
-                # The rate leaves out what a resumed run had done before.
+                # The rate leaves out the steps that a resumed run had finished before.
                 self._last_line, rate = now, (done - done_before) / max(now - begin, 1e-9)
                 speed = f"{rate:{'.0f' if rate >= 100 else '.3g'}}/s" if amount and rate > 0 else ""
                 left = f"{timedelta(seconds=round((total - done) / rate))} left" if total and rate > 0 else ""
@@ -219,7 +219,7 @@ class Screen(Observer):
 
 RL_METRICS = {"reward": "reward", "rest/accuracy": "S_acc", "rest/format": "S_format"}
 SFT_METRICS = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
-# Metrics next to the progress bar that fit into 80 columns; the last table is for steps with both kinds of turns.
+# Metrics next to the progress bar that fit into 80 columns; the last table is for steps with call and answer turns.
 SPLIT_METRICS = {"reward": "reward", "rest/accuracy_calls": "S_acc calls", "rest/accuracy_answers": "answers"}
 
 

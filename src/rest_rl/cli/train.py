@@ -122,7 +122,7 @@ def train(
 
 
 def supervised_preset(run: str | None, overrides: Sequence[str], *, resume: bool, is_given: bool) -> str | None:
-    # The preset of `rest-rl sft` without --preset: None for a supervised or resumed run, otherwise `sft`.
+    # Returns the preset of `rest-rl sft` without --preset: None for a supervised or resumed run, otherwise `sft`.
     from rest_rl.config import read_run_file
 
     if not is_given:
@@ -135,17 +135,17 @@ def supervised_preset(run: str | None, overrides: Sequence[str], *, resume: bool
 
 
 def shorthands(keys: Mapping[str, str | None]) -> list[str]:
-    # The options that abbreviate a `--set`, as such changes.
+    # Returns options such as --model as the `--set` changes KEY=VALUE that they abbreviate.
     return [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
 
 
 def lora_overrides(rank: int | None, preset: str | None, *, is_own: bool) -> list[str]:
-    # The changes for `--lora`; adapters need ten times the learning rate of full fine-tuning.
+    # Returns the changes for `--lora`; adapters need ten times the learning rate of full fine-tuning.
     from rest_rl.presets import SUPERVISED
 
     if rank is None:
         return []
-    # Only for your own model without a run file: a run file, or a resumed run, already says which rate it wants.
+    # Set the rate only for your own model without a run file: a run file or a resumed run already determines the rate.
     rate = "1e-4" if preset in SUPERVISED else "1e-5"
     return [f"peft.r={rank}", *([f"trl.learning_rate={rate}"] if is_own else [])]
 
@@ -156,7 +156,7 @@ def name_verl_options(*values: object) -> list[str]:
 
 
 def verl_overrides(nodes: int | None, gpus_per_node: int | None, settings: Sequence[str]) -> list[str]:
-    # `--nodes`, `--gpus-per-node` and the settings after `--` as changes of `[verl]`.
+    # Returns `--nodes`, `--gpus-per-node` and the settings after `--` as changes to `[verl]`.
     sizes = {"nnodes": nodes, "n_gpus_per_node": gpus_per_node}
     texts = [f"verl.trainer.{key}={value}" for key, value in sizes.items() if value is not None]
     return texts + ([f"verl.overrides={json.dumps(list(settings))}"] if settings else [])

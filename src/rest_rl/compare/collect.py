@@ -47,7 +47,7 @@ from rest_rl.statistics import Interval, q_values
 
 EXACT, ACCURACY, LENGTH = "rest/exact_match", "rest/accuracy", "completions/mean_length"
 RANDOM, PERMUTED, REST = "random", "permuted", "rest"
-# With fewer evaluations during training, steps are counted on the training samples instead.
+# If a run has fewer evaluations during training, the steps to a target are counted on the training samples instead.
 MIN_EVALUATIONS = 4
 
 
@@ -84,8 +84,8 @@ METRICS = {
 """All metrics: over all turns, and separately over call turns and answer turns."""
 DIFFERENCE_METRICS = ("gain", *(f"gain_{turn}" for turn in TURNS))
 """Metrics that are differences of shares and may be negative."""
-# The verdict rests on the first of these that was measured, over call turns if the runs separate them from answer
-# turns. It was fixed before any grid was trained, so that no result could influence the choice.
+# The verdict rests on the first of these metrics that was measured, over call turns if the runs separate them from
+# answer turns. The order was fixed before any grid was trained, so that no result could influence the choice.
 PRIMARY_CANDIDATES = ("exact", "train_exact_end")
 
 
@@ -110,7 +110,7 @@ class MetricResult:
     by_seed: Mapping[int, float]
     mean: Interval
     paired: Paired | None
-    """None for the baseline itself, and without a common seed."""
+    """None for the baseline itself, and for a method that has no seed in common with the baseline."""
     q: float
     """p of the t test, corrected for the number of methods; NaN without a test."""
 
@@ -127,9 +127,9 @@ class MethodResult:
     to_final: StepsToTarget | None
     to_best: StepsToTarget | None
     over_rest: Paired | None
-    """The primary metric minus that of `rest` from the same start; None for `rest`, and without it."""
+    """Primary metric minus that of `rest` from the same warm start; None for `rest` itself, or if `rest` has no run."""
     over_permuted: Paired | None
-    """The same for `permuted`."""
+    """The same difference to `permuted`."""
 
     @property
     def seeds(self) -> list[int]:
@@ -160,18 +160,18 @@ class ComparisonReport:
     lines: tuple[MethodResult, ...]
     """The methods by warm start, the baseline first."""
     unfinished: Mapping[str, str]
-    """By run folder, why a run of the grid, or one found in its folder, is left out."""
+    """By name of a run folder, the reason why a planned run, or one found in the grid's folder, is left out."""
     unequal: tuple[str, ...]
     """Settings that differ between runs that should differ only in method and seed."""
     counted_on: str
-    """A description of the curves on which steps are counted."""
+    """A description of the curves on which the steps to a target are counted."""
     verdict: tuple[Statement, ...] = ()
     page: Path | None = None
     """compare.md; None if no run of the baseline is finished."""
     headlines: Mapping[str, str] = field(default_factory=dict)
-    """By metric over all turns, the one to show in its place: over call turns if answer turns were measured too."""
+    """By metric over all turns, the metric to show instead: over call turns if answer turns were measured too."""
     failed: Mapping[str, str] = field(default_factory=dict)
-    """By run that failed in this call, how it ended and where its log is."""
+    """By name of a run that failed in this call of `compare`, how the run ended and where its log is."""
     is_interrupted: bool = False
     """Whether the user stopped the training; the same call resumes it."""
 
@@ -182,7 +182,7 @@ class ComparisonReport:
 
     @property
     def unfinished_runs(self) -> list[RunName]:
-        """The unfinished runs whose folders have the name of a run of the grid."""
+        """The parsed names of the unfinished runs; folders whose names do not parse as `RunName` are left out."""
         return [name for folder in self.unfinished if (name := RunName.parse(folder))]
 
     @property
@@ -204,24 +204,24 @@ class ComparisonReport:
         return [line for line in self.lines if line.method != self.reference]
 
     def judged(self, start: str | None = None) -> list[MethodResult]:
-        """Return the rivals that the verdict judges: those with the primary metric, without the control `random`."""
+        """Return the methods in the verdict: all rivals that have the primary metric, except the control `random`."""
         rivals = [line for line in self.rivals() if start in (None, line.start)]
         return [line for line in rivals if self.primary in line.metrics and line.method != RANDOM]
 
     @property
     def is_single(self) -> bool:
-        """Whether only one method is judged, so that p needs no correction."""
+        """Whether the verdict is about only one method, so that p needs no correction for several tests."""
         return len(self.judged()) == 1
 
     @cached_property
     def shared_seeds(self) -> dict[str, int]:
-        """By judged method, how many seeds with the primary metric it shares with the baseline."""
+        """By method in the verdict, the number of seeds for which it and the baseline have the primary metric."""
         tests = {line.label: line.metrics[self.primary].paired for line in self.judged()}
         return {label: test.n if test else 0 for label, test in tests.items()}
 
     @property
     def seeds(self) -> int:
-        """The largest number of seeds that a judged method shares with the baseline."""
+        """The largest number of seeds that a method in the verdict shares with the baseline."""
         return max(self.shared_seeds.values(), default=0)
 
     @cached_property
@@ -260,14 +260,14 @@ def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport
 
 
 def headline_metric(runs: Sequence[FinishedRun], key: str) -> str:
-    # The same rule as `headline_turn`: call turns only if every run has them, so that unlike scores never mix.
+    # The same rule as `headline_turn`: call turns only if every run has them, so that different turns never mix.
     known = [run.values for run in runs if key in run.values]
     is_split = known and all(f"{key}_calls" in run for run in known) and any(f"{key}_answers" in run for run in known)
     return f"{key}_calls" if is_split else key
 
 
 def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[FinishedRun], dict[str, str]]:
-    # Returns the finished runs, those of the baseline first, and by folder name why any other run is left out.
+    # Returns the finished runs, those of the baseline first, and by folder name why other runs are left out.
     runs: list[FinishedRun] = []
     unfinished: dict[str, str] = {}
     for path in sorted(path for path in (folder / RUNS_FOLDER).glob("[!.]*") if path.is_dir()):
@@ -322,15 +322,15 @@ def compute_shares(run: Run, turn: Turn | None) -> dict[str, Any]:
 
 
 def slice_curve(run: Run, turn: Turn | None) -> dict[int, float]:
-    """Return exact match on the held-out slice by step."""
+    """Return the exact match of a run on the held-out slice, by step."""
     return values_by_step(
         [{**scores_for_turn(row, turn), "step": row.get("step")} for row in run.evaluations], "exact_match"
     )
 
 
 def step_curves(runs: Sequence[FinishedRun]) -> tuple[dict[RunName, Curve], str]:
-    """Return by run the curve on which steps are counted, and a description of these curves."""
-    # The held-out slice if every run evaluated it often enough. Otherwise exact match on the training samples, which
+    """Return, by run, the curve on which its steps to a target are counted, and a description of these curves."""
+    # Exact match on the held-out slice if every run evaluated it often enough, otherwise on the training samples, which
     # are new to the policy when they are scored. Their curve is a trailing mean over a tenth of the steps: it uses no
     # later step, so that no run appears to reach a target before it does.
     if all(len(run.run.evaluations) >= MIN_EVALUATIONS for run in runs):
@@ -444,7 +444,7 @@ def list_some(names: Sequence[str], max_names: int = 3) -> str:
 
 
 def method_settings(run: FinishedRun) -> dict[str, str]:
-    # Without the seed of the shuffle: `permuted` takes it from the seed of the run.
+    # Leave out the seed of the shuffle, because for `permuted` it depends on the seed of the run.
     return {
         key: str(value) for key, value in run.settings.items() if key.startswith("rest.") and key != "rest.weights.seed"
     }

@@ -101,7 +101,7 @@ class Grid:
                 raise UserError(f"{labels} are the same run", "methods that differ", "leave one of them out")
 
     def run_names(self) -> list[RunName]:
-        """Return the name of every run, seed by seed, so that the pairs of an unfinished grid are complete."""
+        """Return the names of all runs, seed by seed: in an unfinished grid, all methods then have the first seeds."""
         starts = (*self.starts,) or ("",)
         return [RunName(method, start, seed) for seed in self.seeds for start in starts for method in self.methods]
 
@@ -182,19 +182,19 @@ class GridTable:
     """`[grid]` of a grid file."""
 
     methods: tuple[str, ...] = ()
-    """Names of methods; by default those of `[methods]` and the baseline, or all of the package but the ablations."""
+    """By default the methods of `[methods]` and the baseline; without `[methods]`, the package's except ablations."""
     seeds: tuple[int, ...] = DEFAULT_SEEDS
     reference: str = DEFAULT_REFERENCE
     """The baseline, with which every method is compared."""
     base: str = ""
     """A run file, relative to the grid file; by default the embedded run."""
     modules: tuple[str, ...] = ()
-    """Folders of users' modules, relative to the grid file, in addition to those of the grid file and the base run."""
+    """More folders of users' modules, relative to the grid file; its folder and that of the base run are included."""
 
 
 @dataclass(frozen=True)
 class GridFile:
-    """A grid file. `[base]` changes the base run; `[methods.NAME]` and `[starts.NAME]` change the result of that."""
+    """A grid file. `[base]` changes the base run; `[methods.NAME]` and `[starts.NAME]` change the resulting run."""
 
     grid: GridTable = field(default_factory=GridTable)
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -221,11 +221,11 @@ def read_grid(
 ) -> Grid:
     """Read a grid from a file, or build one over the embedded run; arguments take precedence over the file.
 
-    With `is_recorded`, for the grid.toml of a grid's folder, deprecated keys cause no warning.
+    Set `is_recorded` for the grid.toml that a grid wrote into its folder: deprecated keys then cause no warning.
     """
     file = from_mapping(GridFile, {} if path is None else parse_toml(read_text(path), str(path)), "")
     file = file.with_present_keys(warn=not is_recorded)
-    grid_folder = Path(path or ".").parent  # paths in the file are relative to it
+    grid_folder = Path(path or ".").parent  # the paths in a grid file are relative to its folder
     base = base or (grid_folder / file.grid.base if file.grid.base else None)
     reference = reference or file.grid.reference
     names = methods or file.grid.methods

@@ -1,7 +1,7 @@
 """Trains the runs of a grid, each as a separate `rest-rl train` process: several at a time, resumable, stoppable.
 
-The process of a run locks its folder (`runlog.lock_run_folder`), so no run is trained twice: if an earlier command was
-killed and left its runs training, or another command starts the same run, this one waits for that process.
+The process of a run locks its folder (`runlog.lock_run_folder`), so no run is trained twice. If an earlier command was
+killed and left its runs training, or another command starts the same run, this command waits for the lock's owner.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Job:
 
     @property
     def total(self) -> int:
-        """The number of steps of the run; 0 if it depends on the data."""
+        """The number of steps of the run; 0 if that number depends on the data."""
         steps = self.config.trl.get("max_steps", 0)
         return steps if isinstance(steps, int) and steps > 0 else 0
 
@@ -71,8 +71,8 @@ class Job:
         return (self.folder / CONFIG).is_file() and is_finished(read_json_object(self.folder / SUMMARY))
 
     def last_metrics(self) -> dict[str, Any]:
-        """Return the newest complete row of the run's metrics; empty before the first."""
-        # The run may be writing its last line right now, and a reader of the tail sees the first line only in part.
+        """Return the newest complete row of the run's metrics; empty before the first step."""
+        # The last line may be incomplete because the run is writing it, the first because the tail starts inside it.
         for line in reversed(read_tail(self.folder / METRICS).split("\n")[:-1]):
             with suppress(ValueError):
                 return dict(parse_row(line.encode()))
@@ -118,14 +118,14 @@ def value_or_unset(value: Any) -> Any:
 
 
 def check_startable(jobs: Sequence[Job]) -> None:
-    """Raise UserError if the trainer would refuse the settings of a method, before any run starts."""
+    """Before any run starts, raise UserError if the trainer would reject the settings of a method."""
     from rest_rl.train.trl.settings import make_trainer_config  # slow, and not needed for the page of finished runs
 
     for job in jobs:
         if job.state == "kept" or job.config.run.engine != "trl":
             continue
-        # On the CPU: this process outlives every run and must not occupy memory of their GPUs. Any fixed format will
-        # do, so no tokenizer has to be loaded to detect it.
+        # Check with CPU settings: this process outlives every run and must not occupy memory of the runs' GPUs. Any
+        # fixed format replaces `auto`, so that no tokenizer has to be loaded to detect the format.
         trl = {**job.config.trl, "use_cpu": True, "bf16": False, "fp16": False}
         rest = job.config.rest
         rest = replace(rest, format="toolrl") if rest.format == AUTO else rest
@@ -179,7 +179,7 @@ def start_waiting_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observe
         if holder := find_lock_owner(job.folder):
             if not job.note:
                 wait_for_owner(job, holder, observer)
-        elif job.is_complete:  # another process has finished it meanwhile
+        elif job.is_complete:  # another process has finished the run meanwhile
             job.state = "kept"
             room += 1
         else:
@@ -193,7 +193,7 @@ def wait_for_owner(job: Job, holder: str, observer: Observer) -> None:
 
 
 def start_job(job: Job, max_parallel: int) -> None:
-    # A separate session, so that the terminal sends Ctrl-C only to this process, which forwards it in order.
+    # The run gets a separate session: the terminal then sends Ctrl-C only to this process, which stops the runs.
     job.log_start = job.log.stat().st_size if job.log.exists() else 0
     command = [sys.executable, "-m", "rest_rl", "train", str(job.log.with_suffix(".toml")), "--out", str(job.folder)]
     resumes = (job.folder / CONFIG).is_file()

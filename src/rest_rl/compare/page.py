@@ -168,12 +168,12 @@ def render_warnings(report: ComparisonReport) -> str:
 
 
 def available_metrics(report: ComparisonReport, keys: Sequence[str]) -> list[str]:
-    # The headline metrics of `keys` (over call turns where the runs separate them) that at least one run recorded.
+    # Returns the headline metrics of `keys` (over call turns if the runs separate them) that at least one run recorded.
     return [key for key in map(report.headline, keys) if any(key in line.metrics for line in report.lines)]
 
 
 def render_final_scores(report: ComparisonReport) -> str:
-    # The first metric has its tests; the others are only described.
+    # Tests are shown for the first metric only; the other metrics get no test.
     keys = available_metrics(report, FINAL_METRICS)
     if not keys:
         return ""

@@ -1,7 +1,7 @@
 """Statistics over a few seeds: intervals of means, paired differences and their tests, power, steps to a target.
 
-Seeds count as independent draws. They are few, so all intervals are 95 % Student intervals; those of shares end at 0
-and 1. Values that are unknown are NaN: a single seed has no spread.
+Seeds count as independent draws. Because seeds are few, all intervals are 95 % Student intervals; intervals of shares
+are cut off at 0 and 1. Unknown values, such as the spread of a single seed, are NaN.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scipy.stats import nct, permutation_test, t, ttest_1samp
 from rest_rl.statistics import SIGNIFICANCE_LEVEL, Interval
 
 POWER = 0.8
-# Up to 14 seeds the sign-flip test enumerates all assignments of signs; beyond, it draws this many.
+# Up to 14 seeds the sign-flip test enumerates all assignments of signs; for more, it draws this many at random.
 MAX_SIGN_DRAWS = 20_000
 MAX_SEEDS = 10_000
 NAN = float("nan")
@@ -43,7 +43,7 @@ class Paired(NamedTuple):
 
 
 class StepsToTarget(NamedTuple):
-    """The steps a method needs to reach the baseline's last (or best) value, divided by the steps of the baseline."""
+    """Steps a method needs to reach the baseline's last (or best) value, divided by the steps the baseline needs."""
 
     share: float
     """The ratio for the mean curves over seeds; NaN if the method never reaches the value."""
@@ -51,14 +51,14 @@ class StepsToTarget(NamedTuple):
     """Number of seeds that reach the value, of `n`."""
     n: int
     by_seed: Interval
-    """The geometric mean over seeds, each with its own target; NaN unless all seeds reach theirs."""
+    """Geometric mean of the seeds' ratios, each with a separate target; NaN unless every seed reaches its target."""
 
 
 def mean_interval(values: Sequence[float], bounds: tuple[float, float] | None = None) -> Interval:
     """Return the mean with its Student interval, mean ± t(0.975, n - 1) s / sqrt(n).
 
-    The limits are NaN for fewer than two values, and for equal values other than 0, which show no noise to measure.
-    Limits outside `bounds`, the range of the true mean, are cut off, which loses no coverage.
+    The limits are NaN for fewer than two values and for equal values, which show no noise to measure. If all values are
+    0, the limits are 0 too. Limits are cut off at `bounds`, the range of the true mean, which loses no coverage.
     """
     if not values:
         return Interval(NAN, NAN, NAN)
@@ -162,7 +162,7 @@ def pooled_sd(groups: Sequence[tuple[float, int]]) -> float:
 
 
 def area_under_curve(curve: Curve) -> float | None:
-    """Return the area under a curve divided by its range of steps, a mean over steps; None below two points."""
+    """Return the area under a curve divided by its range of steps (a mean over steps); None for fewer than 2 points."""
     steps = sorted(curve)
     if len(steps) < 2:
         return None
@@ -207,6 +207,6 @@ def first_step_reaching(curve: Curve, target: float) -> int | None:
 
 
 def mean_on_shared_steps(curves: Sequence[Curve]) -> dict[int, float]:
-    # Only steps that all curves have: where a seed drops out, the mean would jump by the level of that seed.
+    # Only steps that all curves have count: where a seed has no value, the mean would jump by the level of that seed.
     steps = set.intersection(*(set(curve) for curve in curves))
     return {step: statistics.fmean(curve[step] for curve in curves) for step in sorted(steps)}

@@ -71,7 +71,7 @@ def get_lead(report: ComparisonReport, line: MethodResult) -> Interval:
 
 
 def nothing_learnt_statement(report: ComparisonReport, lines: list[MethodResult]) -> Statement | None:
-    # None unless all runs end exactly where they began, or at 0.
+    # Returns None unless all runs end exactly where they began, or at 0.
     label = METRICS[report.primary].label
     ends = {
         report.headline("gain"): f"every run ends exactly where it began in {label}",
@@ -151,7 +151,7 @@ def control_statements(
 
 def control_statement(label: str, test: Paired, lead_of_reference: float) -> Statement:
     # Three outcomes by the interval of the difference to `permuted`: above 0, the regions matter; below both 3 points
-    # and half of the lead over the baseline, shuffled weights do as well; otherwise it is open.
+    # and half of the lead over the baseline, shuffled weights are as good; otherwise the question is open.
     if test.n < 2:
         seeds = {0: "no seed", 1: "one seed"}[test.n]
         text = f"`{label}` and `permuted` have {seeds} in common, so it is open whether the regions explain the lead."

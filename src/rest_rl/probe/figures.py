@@ -90,7 +90,7 @@ def compute_region_facts(
         )
         for label, region in regions.items()
     }
-    # Together as one group: the error of a sum of shares is not the sum of their errors.
+    # Measure these regions together: the error of a sum of shares is not the sum of their errors.
     overall = float(np.mean(tokens.entropies_T))
     sure = [region for label, region in regions.items() if by_region[label].entropy.value < overall]
     counts_1MR = leave_one_out_sums(tokens.sums(np.ones_like(tokens.entropies_T)))
@@ -140,8 +140,8 @@ def compute_difference_facts(groups: Sequence[SampledGroup], region: Region) -> 
 
 
 def count_pairs(responses: Sequence[SampledResponse], region: Region) -> tuple[float, ...]:
-    # (differing, all) pairs of unequal reward, then of equal reward, then (share of differing pairs of a best and a
-    # worst response, 1): the last two count every group once, however many best and worst responses it has.
+    # Returns six numbers: differing and all pairs of unequal reward, the same for equal reward, then the share of
+    # differing pairs of a best and a worst response, and 1: the last two count a group once, whatever its ties.
     parts = [
         tuple(i for i, r in zip(response.ids, response.regions, strict=True) if r == region) for response in responses
     ]
@@ -179,13 +179,13 @@ def compute_gradient_facts(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> 
 
 
 def compute_signal_shares(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> np.ndarray:
-    """Return <E g_r, t> / <E g, t> of some regions together: (1+M,)."""
+    """Return the share of some regions together in the signal, <E g_r, t> / <E g, t>: (1+M,)."""
     along, signal = (InnerProducts.between(gram_KMKM, part, TRUE_INDEX) for part in (regions, REGION_INDICES))
     return divide_or_nan(along.across_1M, signal.across_1M)
 
 
 def measure_signal(gram_KMKM: np.ndarray) -> tuple[Estimate, Estimate, float]:
-    """Return signal <E g, t>, SNR of one prompt and largest share of one prompt in |g|² of the unweighted gradient."""
+    """Return figures of the unweighted gradient: signal <E g, t>, SNR of a prompt, a prompt's largest share in |g|²."""
     whole_MM = sum_gram_blocks(gram_KMKM, REGION_INDICES, REGION_INDICES)
     square, along = InnerProducts.from_gram(whole_MM), InnerProducts.between(gram_KMKM, REGION_INDICES, TRUE_INDEX)
     squares_M = np.diagonal(whole_MM)

@@ -29,7 +29,7 @@ class Coordinates:
     of the inner product over all entries; ratios of inner products (a cosine, eff) need no scale.
     """
 
-    # All prompts share one subset, so that their vectors have inner products at all. It is drawn before any gradient is
+    # All prompts share one subset, so that their vectors can be multiplied. It is drawn before any gradient is
     # known: keeping the largest entries would bias every product. Memory is 4 N bytes per vector instead of 4 bytes per
     # parameter.
     parameter_sizes: tuple[int, ...]
@@ -171,7 +171,7 @@ def compute_response_logits(model: Any, prompt_ids: Sequence[int], ids_BT: Tenso
     prompt_BP = torch.tensor([list(prompt_ids)] * batch, dtype=torch.long)
     mask_BS = torch.cat([torch.ones_like(prompt_BP), mask_BT.long()], dim=1)
     settings: dict[str, Any] = {"use_cache": False}
-    # Where the model can, skip the vocabulary projection of the prompt: (B, P, V) logits are most of the memory.
+    # If the model can, skip the vocabulary projection of the prompt: (B, P, V) logits are most of the memory.
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         settings["logits_to_keep"] = width + 1
     output = model(

@@ -80,7 +80,7 @@ class SampledBatch:
 
     @cached_property
     def tokens(self) -> SampledTokens:
-        """The same tokens without padding."""
+        """All sampled tokens without padding."""
         own = self.tagged
         assert own.entropies_BT is not None
         lengths = [sum(len(response.ids) for response in group.responses) for group in self.groups]

@@ -15,7 +15,7 @@ from rest_rl.response import NUM_REGIONS
 
 SIGNIFICANT = 2.0
 """Standard errors from 0 at which a figure counts as significant."""
-# Bonferroni at a one-sided 5 % would ask for 2.33 errors for the best of 5, 2.39 for the best of 6.
+# Bonferroni at a one-sided 5 % requires 2.33 standard errors for the best of 5, 2.39 for the best of 6.
 SIGNIFICANT_FOR_BEST = 2.5
 """Standard errors for the best of several figures."""
 # A 5 % larger learning rate gains as much per step, and training runs of this size cannot resolve less.
@@ -23,7 +23,7 @@ MIN_USEFUL_GAIN = 0.05
 """Gain per step below which weights are not recommended."""
 MAX_NAMED_REGIONS = 3
 NO_SPREAD_LIMIT, TRUNCATED_LIMIT, DOMINANT_LIMIT = 0.5, 0.1, 0.25
-"""Shares of groups without spread, cut responses and one prompt's gradient from which on the verdict mentions them."""
+"""Minimum shares of groups without spread, truncated responses and one prompt's gradient that the verdict reports."""
 FORMAT_NEVER_MET = "no response is in the format (S_format is always 0)"
 FORMAT_REMEDY = "check --format, or warm-start the model with `rest-rl sft` on calls in this format"
 Sureness = Literal["likely", "unsure", "not measurable"]
@@ -127,7 +127,7 @@ class SamplingFacts(NamedTuple):
 
 
 class LowEntropyFacts(NamedTuple):
-    """The regions whose mean entropy is below the overall mean, together; surplus is signal_share - share."""
+    """All regions whose mean entropy is below the overall mean, together; `surplus` is `signal_share` - `share`."""
 
     regions: tuple[str, ...]
     share: Estimate
@@ -172,7 +172,7 @@ class ProbeReport:
     heaviest: float
     """Largest share of one prompt in the sum of |g|²."""
     prompts_per_step: int
-    """Prompts of the training step that the rules are predicted for."""
+    """Prompts in the training step for which the effect of the rules is predicted."""
     progress: float
     coordinates: int
     """Parameters whose gradients were kept."""
@@ -182,7 +182,7 @@ class ProbeReport:
 
     @property
     def misses_format(self) -> bool:
-        """Whether no response is in the format; more prompts would not help."""
+        """Whether no response is in the format, in which case more prompts would not help."""
         return self.sampled.s_format == 0 and self.sampled.no_spread == 1
 
     @property

@@ -51,7 +51,7 @@ def built_in_rules() -> dict[str, WeightRule]:
 
 
 def candidate_rules() -> dict[str, WeightConfig]:
-    """Return the rules that may be recommended: `rest`, other strengths of it, and its other entropy rules."""
+    """Return the rules that may be recommended: `rest`, and `rest` with other strengths or other entropy rules."""
     own = rest_weights()
     strengths = [strength for strength in (0.25, 0.5, 1.0) if strength != own.strength]
     others: list[RuleName] = [rule for rule in ENTROPY_RULES if rule != own.rule]

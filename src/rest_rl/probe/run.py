@@ -36,7 +36,7 @@ from rest_rl.weights import WeightRule
 
 JSON_FILE, PAGE_FILE = "probe.json", "probe.md"
 MIN_PROMPTS = 8
-"""With fewer, too few pairs remain when a jackknife block is left out."""
+"""With fewer prompts, too few pairs of prompts remain when a jackknife block is left out."""
 
 
 def probe(
@@ -82,7 +82,7 @@ def probe(
     check_minimums(number_of_prompts=(prompts, MIN_PROMPTS), number_of_prompts_per_step=(step, 1))
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"the norm cap is {norm_cap}", "0 (no cap) or a positive multiple of the median norm")
-    config = resolve_run(model, data, overrides)  # mistakes surface up here, before minutes of loading and sampling
+    config = resolve_run(model, data, overrides)  # fails on mistakes before minutes of loading and sampling
     layouts = build_layouts(config, formats)
     limited = config.with_response_limit(layouts[0].context)
     sampling = build_sampling(limited, group, seed, progress, max_new_tokens, batch_size)
@@ -93,7 +93,7 @@ def probe(
     for layout, drawn in zip(layouts, drawn_prompts, strict=True):
         size = resolve_prompts_per_step(config, step, len(drawn), observer)
         reports.append(probe_format(policy, layout, drawn, sampling, rule, size, norm_cap, observer))
-        on_report(reports[-1])  # at once: an interrupt in the next format loses nothing
+        on_report(reports[-1])  # at once, so that an interrupt in the next format loses nothing
     if len(reports) > 1:
         observer.show_table(*build_formats_table(reports))
     if out is not None:
@@ -196,7 +196,7 @@ def draw_prompts(
     min_prompts: int = MIN_PROMPTS,
     remedy: str = "add data",
 ) -> list[Prepared]:
-    """Draw prompts that training would use in this format and that leave room for a response; all if too few."""
+    """Draw up to `count` of the prompts that training would use in this format and that leave room for a response."""
     # Held-out measurement is switched off, so that `read_data` returns all training prompts.
     rest = replace(config.rest, format=layout.format.name)
     unmeasured = replace(config, rest=rest, eval=replace(config.eval, prompts=0, every=0))

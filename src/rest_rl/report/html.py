@@ -82,7 +82,7 @@ CHARTS = (
 def write_html_report(
     folders: Sequence[str | Path], out: str | Path | None = None, responses: int = MAX_RESPONSES
 ) -> Path:
-    """Write one HTML page about run folders, with at most about this many responses, and return its path.
+    """Write one HTML page about run folders, with about `responses` responses at most, and return its path.
 
     `out` is a folder or a file that ends in .html; by default it is the folder of a single run.
 

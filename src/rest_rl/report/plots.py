@@ -43,7 +43,7 @@ REWARD_METRICS = {
     "completions/clipped_ratio": ("truncated", SERIES_COLORS[4]),
     "rest/call_rate": ("responses with a call", SERIES_COLORS[5]),
 }
-"""Metrics that limit learning: the spread of rewards within groups, truncation, the call rate."""
+"""The reward, its parts, and what limits learning: groups with equal rewards, truncation, the call rate."""
 MAX_PANELS = 4
 INK, FAINT = "#2b2b2b", "#d9d9d9"
 
@@ -77,7 +77,7 @@ def draw_learning(groups: Sequence[RunGroup], path: Path) -> Path | None:
     runs = [run for group in groups for run in group.runs]
     titles = {headline_key(runs, key): title for key, title in LEARNING_METRICS.items()}
     keys = {key: title for key, title in titles.items() if any(metric_curve(group.runs, key).steps for group in groups)}
-    # Without call turns of its own, the headline covers all turns: the panel of the answer turns would repeat it.
+    # If call turns are not logged separately, the headline covers all turns: a panel of answer turns would repeat it.
     if "rest/exact_match" in keys:
         keys.pop("rest/exact_match_answers", None)
     if not keys:

@@ -59,7 +59,7 @@ class Pieces(NamedTuple):
 
 
 class TokenColumns:
-    """The tokens of all responses: the index of the text in the table of words, numbers in thousandths, the region."""
+    """The tokens of all responses, by column: index of the text in `words`, numbers in thousandths, and region."""
 
     def __init__(self) -> None:
         self.words = array("I")
@@ -105,7 +105,7 @@ class StringTable:
 
 
 def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
-    """Return at most about `limit` responses with the tables of texts that they refer to, and the columns of tokens."""
+    """Return about `limit` responses at most, the shared words, prompts and gold that they index, and token columns."""
     words, prompts, golds, columns = StringTable(), StringTable(), StringTable(), TokenColumns()
     packed: list[Row] = []
     for index, run in enumerate(runs):
@@ -123,8 +123,8 @@ def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
 
 
 def select_rows(rows: Sequence[Row], limit: int) -> list[Row]:
-    """Return the rows of evenly spaced steps, including the first and the last, in whole steps if `limit` allows."""
-    # The steps are evenly spaced by their index. Each keeps the same number of rows, all if the limit allows.
+    """Return rows of evenly spaced steps, including the first and the last: all rows of a step if `limit` allows."""
+    # The steps are evenly spaced by their index. Each keeps equally many rows, all if `limit` allows.
     if len(rows) <= limit:
         return list(rows)
     steps = sorted({step_of(row) for row in rows})

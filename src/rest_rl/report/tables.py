@@ -70,7 +70,7 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
 
 
 def group_labels(settings: Sequence[Mapping[str, str]]) -> list[str]:
-    # The preset, and up to three keys in which groups of this preset differ; a number where labels are still equal.
+    # A label is the preset and up to three keys in which its groups differ, and a number if labels are still equal.
     labels: list[str] = []
     for own in settings:
         preset = own.get("rest.preset", "run")
@@ -132,7 +132,7 @@ def headline_turn(evaluations: Iterable[Mapping[str, Any] | None]) -> Turn | Non
     """Return "calls" if the headline score covers call turns only, None if it covers all turns.
 
     It covers call turns if every evaluation has scores on call turns and at least one has scores on answer turns too.
-    If a single evaluation lacks the split, all are compared over all turns: scores over different turns never mix.
+    If one evaluation does not separate them, all are compared over all turns: different turns never mix.
     """
     measured = [scores for scores in evaluations if scores and is_number(scores.get("exact_match"))]
     counts = [[(scores.get(turn) or {}).get("n", 0) for turn in TURNS] for scores in measured]
@@ -219,7 +219,7 @@ def before_after_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for group in ("kinds", "splits"):
         parts = [scores.get(group) or {} for scores in pair]
         names = list(dict.fromkeys(name for part in parts for name in part))
-        for name in names if len(names) > 1 else ():  # a single one would repeat the row above
+        for name in names if len(names) > 1 else ():  # a single name would repeat the row above
             rows.append(before_after_row(f"  {name.replace('_', ' ')}", *(part.get(name) for part in parts)))
     return rows + rows_of("greedy", [scores.get("greedy") or {} for scores in pair])
 

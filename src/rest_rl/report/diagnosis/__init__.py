@@ -32,7 +32,7 @@ class Diagnosis:
         return list(self._found.values())
 
     def add(self, row: Mapping[str, Any], total: int = 0) -> list[Finding]:
-        """Add one row of metrics.jsonl and return the new findings; the run has `total` steps unless the table says."""
+        """Add a row of metrics.jsonl and return new findings. `total` is the number of steps if the table sets none."""
         self._history.add(row)
         settings = self._settings.with_total_steps(total)
         new = []
@@ -57,7 +57,7 @@ def diagnose(
 ) -> list[Finding]:
     """Return all findings of a run, in the order in which they first appeared.
 
-    `rows` are those of metrics.jsonl and `evaluations` those of evaluations.jsonl, both in step order.
+    `rows` are the rows of metrics.jsonl and `evaluations` the rows of evaluations.jsonl, both in step order.
     """
     rows, waiting = list(rows), list(evaluations)
     diagnosis = Diagnosis(table or {})

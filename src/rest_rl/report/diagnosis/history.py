@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 WINDOW = 10
-"""Rows of metrics in a window: few enough to warn early, and the error of a mean is a third of one row's scatter."""
+"""Rows of metrics in a window: few enough to warn early, enough for means with a third of the scatter of one row."""
 SCATTER_ROWS = 10 * WINDOW
 
 # Larger values count as not finite, because sums of their squares would overflow.
@@ -51,7 +51,7 @@ class MetricSeries:
         self._squares: deque[float] = deque(maxlen=SCATTER_ROWS)
 
     def add(self, step: int, value: float) -> None:
-        """Append a value, and update the highest window that does not overlap the newest."""
+        """Append a value, and update the position of the highest window that does not overlap the newest window."""
         if self.values:
             self._squares.append((value - self.values[-1]) ** 2)
         self._sum += value
@@ -72,11 +72,11 @@ class MetricSeries:
         return math.sqrt(math.fsum(self._squares) / (2 * len(self._squares))) if self._squares else 0.0
 
     def best_window(self) -> WindowMean | None:
-        """Return the highest window that does not overlap the newest, or `first_window` if there is none yet."""
+        """Return the highest mean over a window that does not overlap the newest; `first_window` if none exists yet."""
         return self.window_mean(self._best) if self._best else self.first_window()
 
     def first_window(self) -> WindowMean | None:
-        """Return the first window, without the rows that are also in the newest; None if no row is left."""
+        """Return the mean over the first window without rows of the newest window; None if no row is left."""
         end = min(WINDOW, len(self.values) - WINDOW)
         return self.window_mean(end) if end > 0 else None
 
@@ -102,8 +102,8 @@ class SecondMoment:
         self._total, self._peak = 0.0, 0.0
 
     def add(self, step: int, norm: float) -> None:
-        # Both terms decay alike, so the step with the largest decayed square stays the largest until a new one exceeds
-        # it: no history of norms is needed.
+        # The total and the peak decay alike, so the peak stays the largest term until a new square exceeds it: no
+        # history of norms is needed.
         square = min(norm, self.max_norm or math.inf) ** 2
         self._total, self._peak = self.decay * self._total + square, self.decay * self._peak
         if square > self._peak:
@@ -111,7 +111,7 @@ class SecondMoment:
 
     @property
     def peak_share(self) -> float:
-        """The share of the largest step in the whole average."""
+        """The share of the average that the largest single step contributes."""
         return self._peak / self._total if self._total > 0 else 0.0
 
 
@@ -129,11 +129,11 @@ class History:
 
     @property
     def threshold(self) -> float:
-        """How many standard errors a mean must be beyond its limit: 6.0 in the first window, 5.0 at 60 rows."""
+        """Standard errors by which a mean must pass its limit for a finding: 6.0 in the first window, 5.0 at row 60."""
         # Every pair of windows is a test, n^2 / 2 of them with n windows. A Gaussian tail of about exp(-z^2 / 2) gives
         # the Bonferroni limit z = sqrt(2 ln(n^2 / 2 / FALSE_ALARM_RATE)). The scatter is itself an estimate, so
         # Student's t replaces z, to first order t = z + (z^3 + z) / (4 v). Von Neumann's estimate has about 2/3 of the
-        # number of differences as degrees of freedom v, so the limit is high at first, falls, and then grows with ln n.
+        # number of differences as degrees of freedom v, so t is high at first, falls, and then grows with ln n.
         windows = max(self._rows / WINDOW, math.sqrt(2))
         z = math.sqrt(2 * math.log(windows**2 / 2 / FALSE_ALARM_RATE))
         freedom = 2 / 3 * max(1, min(self._rows - 1, SCATTER_ROWS))
@@ -167,17 +167,17 @@ class History:
         return series.window_mean(len(series.values)) if series else None
 
     def first_window(self, key: str) -> WindowMean | None:
-        """Return the mean over the first window, without the rows that are also in the newest."""
+        """Return the mean over the first window, without the rows that are also in the newest window."""
         series = self.current_series(key)
         return series.first_window() if series else None
 
     def best_window(self, key: str) -> WindowMean | None:
-        """Return the highest mean over a window that does not overlap the newest."""
+        """Return the highest mean over a window that does not overlap the newest window."""
         series = self.current_series(key)
         return series.best_window() if series else None
 
     def find_fall(self, key: str, min_difference: float = 0.0) -> tuple[WindowMean, WindowMean] | None:
-        """Return the highest window and the newest if the newest is lower beyond noise and by `min_difference`."""
+        """Return the highest and newest window means if the newest is lower beyond noise and by `min_difference`."""
         best, now = self.best_window(key), self.newest_window(key)
         return (best, now) if best and now and best.is_above(now, self.threshold, min_difference) else None
 

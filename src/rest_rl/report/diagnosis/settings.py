@@ -55,7 +55,7 @@ class DiagnosisSettings:
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> DiagnosisSettings:
-        """Read the settings from a run's config.toml, as far as it is readable: it may be old or damaged."""
+        """Read the settings from a run's config.toml, leaving out what is unreadable in an old or damaged file."""
         config = parse_readable_tables(table)
         trl, rule = config.trl, None
         # resolve() raises for supervised presets, and for a user's rule whose module is not installed here. Fields of
@@ -99,13 +99,13 @@ class DiagnosisSettings:
         return self if self.total_steps > 0 else replace(self, total_steps=total_steps)
 
     def curriculum_shift(self, region: str, step: int) -> float:
-        """Return how far the curriculum has moved a region's weight at a step; 0 if that is unknown."""
+        """Return how far the curriculum has moved a region's weight at a step; 0 if the number of steps is unknown."""
         steps = self.progress_steps or self.total_steps
         return self.curriculum_shifts.get(region, 0.0) * min(1.0, max(0, step - 1) / (steps - 1)) if steps > 1 else 0.0
 
     @property
     def most_groups_threshold(self) -> float:
-        """The share s of responses beyond which most groups contain such a response: 1 - (1 - s)^G > 1/2."""
+        """The share s of, say, truncated responses beyond which most groups contain one: 1 - (1 - s)^G > 1/2."""
         return 1 - 0.5 ** (1 / self.group_size)  # 0.083 for groups of 8
 
     @property
@@ -129,7 +129,7 @@ class DiagnosisSettings:
 
 
 def parse_readable_tables(table: Mapping[str, Any]) -> RunConfig:
-    # Each table on its own, so that one key that this version does not know costs only its own table.
+    # Parse each table separately, so that a key unknown to this version makes only its own table unreadable.
     tables: dict[str, Any] = {}
     for name in ("trl", "rest"):
         with suppress(ValueError):

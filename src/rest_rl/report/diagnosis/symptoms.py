@@ -1,7 +1,7 @@
 """The symptoms of a run that does not learn: each function returns what it observed, the likely cause and a remedy.
 
-A symptom shows when a metric passes its limit by `History.threshold` standard errors, when the harm reaches a minimum
-size, or both. docs/diagnosis.md derives every limit.
+Depending on the symptom, a metric must pass its limit by `History.threshold` standard errors, the harm must reach a
+minimum size, or both. docs/diagnosis.md derives every limit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ LOST_ENTROPY_SHARE = 0.9
 MIN_GAP_CLOSED = 0.5
 # Excess surprise as a share of the entropy; sampling at temperature 0.95 or 1.05 causes about this much.
 MAX_EXCESS_SHARE = 0.05
-# Entropy of all tokens of a window, in nats, that the excess surprise needs. Rare tokens contribute some ten nats each,
-# so about a hundred of them were expected.
+# Excess surprise is tested only if the entropies of a window's tokens add up to this many nats. Rare tokens contribute
+# some ten nats each, so the window is then expected to contain about a hundred of them.
 MIN_WINDOW_NATS = 1000.0
 # The weight of a region with fewer tokens than this share moves the mean weight too little to matter.
 MIN_REGION_SHARE = 0.1
@@ -29,9 +29,9 @@ SPIKE_SHARE = 0.75
 MIN_TREND_ROWS = 5 * WINDOW
 # float16 may skip this many steps while its loss scale falls from 2**16.
 FP16_WARMUP_STEPS = 16
-# Responses that end do so, on average, below this share of the length limit only if the others would never end. With a
-# constant chance of ending at every token the share is 0.31 where most groups have one truncated response, and higher
-# where they have more.
+# If the responses that end are, on average, shorter than this share of the length limit, the truncated ones would
+# never end. With a constant chance of ending at every token, the average is 0.31 of the limit if most groups have one
+# truncated response, and higher if they have more.
 ENDED_LENGTH_SHARE = 0.25
 
 
@@ -92,7 +92,7 @@ def rows_out_of_order(history: History, settings: DiagnosisSettings) -> Symptom 
 
 
 def no_spread(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    # Half, because beyond it more than half of the generated responses contribute no gradient.
+    # The limit is half, because beyond it more than half of the generated responses contribute no gradient.
     zero_variance = history.newest_window("frac_reward_zero_std")
     if zero_variance is None or not zero_variance.exceeds(0.5, history.threshold):
         return None
@@ -132,7 +132,7 @@ def format_falls(history: History, settings: DiagnosisSettings) -> Symptom | Non
 
 
 def calls_fall(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    # Fewer calls are no problem if accuracy rose: some prompts need none. A falling format is a finding of its own.
+    # Fewer calls are no problem if accuracy rose: some prompts need none. A falling format is reported separately.
     fall = history.find_fall("rest/call_rate", settings.most_groups_threshold)
     if not fall:
         return None
@@ -225,7 +225,7 @@ def weight_at_its_clip(history: History, settings: DiagnosisSettings) -> Symptom
 
 def find_clipped_weights(history: History, settings: DiagnosisSettings) -> list[tuple[str, str, float, float]]:
     # Returns (region, "w_min" or "w_max", that bound, share of the tokens). A zero weight means that the rule drops the
-    # region; it is no clip.
+    # region, which is not clipping.
     if settings.weight_clip is None or settings.weight_clip[0] == settings.weight_clip[1]:
         return []
     w_min, w_max = settings.weight_clip
@@ -243,8 +243,8 @@ def find_clipped_weights(history: History, settings: DiagnosisSettings) -> list[
 
 
 def explain_push(history: History, settings: DiagnosisSettings, region: str, end: str) -> tuple[str, str] | None:
-    # The curriculum is the cause if it moves the weight towards this bound and the weight was inside the clip before.
-    # Clipped weights hide what the entropy by itself would give; the last unclipped row minus its shift shows it.
+    # The curriculum is the cause if it moves the weight towards this bound and the weight was in the clip range before.
+    # Clipped weights hide the weight that the entropy by itself gives: the last unclipped one minus its shift.
     series = history.current_series(f"rest/rule_weight/{region}")
     shift = settings.curriculum_shift(region, history.step)
     if series is None or settings.weight_clip is None or shift * (1 if end == "w_max" else -1) <= 0:
@@ -291,8 +291,8 @@ def exact_match_falls(history: History, settings: DiagnosisSettings) -> Symptom 
 
 
 def held_out_falls(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    # The errors are those over prompts. Every evaluation uses the same prompts, so the true error of the difference is
-    # smaller: the finding comes late rather than wrongly.
+    # The errors are over prompts. Every evaluation uses the same prompts, so the true error of the difference is
+    # smaller: the finding may come late, but is rarely a false alarm.
     scores = [
         (row["exact_match"], row["exact_match_error"], row.get("step"))
         for row in history.evaluations
@@ -314,8 +314,8 @@ def held_out_falls(history: History, settings: DiagnosisSettings) -> Symptom | N
 
 
 def format_alone(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    # Early in a run the format is meant to lead. It is a standstill once most groups are free of format errors and
-    # S_acc, at its upper limit, gained less than half of what the format gained.
+    # Early in a run the format is expected to improve first. Accuracy stands still if most groups are free of format
+    # errors and S_acc, at its upper limit, gained less than half of what the format gained.
     reward_before, reward = history.first_window("reward"), history.newest_window("reward")
     format_before, well_formed = history.first_window("rest/format"), history.newest_window("rest/format")
     before, accuracy = history.first_window("rest/accuracy"), history.newest_window("rest/accuracy")
@@ -337,7 +337,7 @@ def format_alone(history: History, settings: DiagnosisSettings) -> Symptom | Non
 
 
 def no_progress(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    # The only finding about an absence. It reports the error, which shows how large a gain it could have missed.
+    # Only this finding is about a change that did not occur. The error in it shows how large a gain it can miss.
     series = history.current_series("rest/accuracy")
     if series is None or len(series.values) < MIN_TREND_ROWS or 2 * history.step < settings.total_steps:
         return None
@@ -379,8 +379,8 @@ SYMPTOMS: Mapping[str, Callable[[History, DiagnosisSettings], Symptom | None]] =
 
 def explain_zero_variance(history: History, settings: DiagnosisSettings, zero_variance: WindowMean) -> tuple[str, str]:
     exact, well_formed = history.newest_window("rest/exact_match"), history.newest_window("rest/format")
-    # A lower bound on the share of all groups that are solved throughout: even if every response of the groups with
-    # spread were right, the rest of the exact match comes from groups without spread.
+    # `solved` is a lower bound on the share of all groups in which every response is right: even if every response of
+    # the groups with spread were right, the rest of the exact match comes from groups without spread.
     solved = exact.value - (1 - zero_variance.value) if exact else 0.0
     is_learnt = exact is not None and exact.value >= 1 - settings.most_groups_threshold
     is_broken = well_formed is not None and well_formed.value < 0.5
@@ -403,7 +403,7 @@ def explain_zero_variance(history: History, settings: DiagnosisSettings, zero_va
 
 
 def is_deterministic(history: History, settings: DiagnosisSettings) -> bool:
-    # Whether most groups consist of one response, repeated G times, both in the first rows and in the newest window.
+    # Returns whether most groups are one response, repeated G times, both in the first rows and in the newest window.
     # By Jensen's inequality the chance of G equal responses, E[p^(G-1)], is at least exp(-(G-1) H), where H is the
     # entropy of a response. It exceeds 1/2 if (G-1) H < ln 2.
     latest, length = history.newest_values("entropy"), history.newest_window("completions/mean_length")
