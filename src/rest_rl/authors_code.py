@@ -2,7 +2,7 @@
 
 Source: https://github.com/1229095296/ResT_Tool_use_LLM at d6c29b5, `verl/utils/reward_score/rlla.py` with
 SCHEDULEREWARD=1 and `recipe/custom/token_weighting.py`. docs/method.md lists the gaps. The only deviation: if a span
-starts after the last token, that code raises an exception and this one skips the span.
+starts after the last token, the published code raises an exception; this module skips the span.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 
 from rest_rl.response import Gold, check_progress
 
-# Length of the published schedule in steps; progress 1 corresponds to the last one.
+# Length of the published schedule in steps; progress 1 corresponds to the last step.
 SCHEDULE_STEPS = 150
 
 
 def authors_step(progress: float) -> float:
-    """Convert a progress in [0, 1] to a step of the published 150-step schedule; exact for step / 150."""
+    """Convert a progress in [0, 1] to a step of the published 150-step schedule; exact for progress = step / 150."""
     check_progress(progress)
     return round(progress * SCHEDULE_STEPS, 9)
 
 
 def authors_reward(response: str, gold: Gold, step: float) -> tuple[float, float]:
-    """Return (format score, correctness score) at training step `step`, a count; the reward is their sum."""
+    """Return (format score, correctness score) at training step `step` (0 to 150); the reward is their sum."""
     text = response.rsplit("<|im_start|>assistant", maxsplit=1)[-1].split("<|im_end|>", maxsplit=1)[0].strip()
     return _format_score(text, gold, step), _correctness_score(text, gold, step)
 
@@ -42,7 +42,7 @@ def _format_score(text: str, gold: Gold, step: float) -> float:
     once = tags[2:] or tags  # the published code lets think tags repeat if another block is required
     positions = [text.find(tag) for tag in tags]
     fits = min(positions) >= 0 and all(text.count(tag) == 1 for tag in once)
-    if len(order) > 1:  # ... and lets a think block that stands by itself close before it opens
+    if len(order) > 1:  # ... and if only a think block is required, accepts `</think>` before `<think>`
         fits = fits and positions == sorted(set(positions))
     if order == ["think", "tool_call"]:
         fits = fits and "<response>" not in text and "</response>" not in text

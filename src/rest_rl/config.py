@@ -95,7 +95,7 @@ class ModelTable(Table):
     load_in_4bit: bool = False
     """Load frozen 4-bit weights (bitsandbytes, CUDA) and train adapters on them: QLoRA, needs `[peft]`."""
     attn_implementation: str = ""
-    """For example `flash_attention_2`; empty for the library's default."""
+    """Attention implementation, for example `flash_attention_2`; empty for the library's default."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -119,13 +119,13 @@ class DataTable(Table):
     turns: Literal["all", "calls"] = "all"
     """`calls` trains only on turns with gold calls; the held-out set keeps all turns."""
     held_out: str = ""
-    """Held-out set for your own data. If it is empty, nothing is evaluated; the tool world has its own."""
+    """Held-out set for your own data; if empty, nothing is evaluated. The tool world has its own held-out set."""
     max_prompt_tokens: NonNegativeInt = 0
-    """Limit of the prompt length; 0 leaves the context length minus the maximum response length."""
+    """Maximum prompt length in tokens; 0 allows the context length minus the maximum response length."""
     too_long: Literal["drop", "refuse"] = "drop"
-    """Drop and count samples over the limit, or refuse to train."""
+    """What to do with samples over the limit: drop and count them, or refuse to train."""
     allow: tuple[str, ...] = ()
-    """Issues of `rest-rl data check` to accept instead of repairing or rejecting the sample."""
+    """Reasons in the report of `rest-rl data check` to accept instead of repairing or rejecting the sample."""
     keep_prompts: bool = False
     """Use the published prompts of ToolRL and API-Bank rows instead of rendering them with the chat template."""
     mask_names: Fraction = 0.0
@@ -148,7 +148,7 @@ class EvalTable(Table):
     """Sampled responses per prompt."""
     batch_size: PositiveInt = 128
     max_new_tokens: NonNegativeInt = 0
-    """Response limit; 0 derives it from the longest gold response, up to the limit used in training."""
+    """Maximum response length in tokens; 0 derives it from the longest gold response, up to the limit in training."""
     seed: int = 20_000
     every: NonNegativeInt = 0
     """Steps between evaluations during training; 0 for none."""
@@ -175,14 +175,14 @@ class RestTable(Table):
     entropy_decay: float = ENTROPY_DECAY
     """Decay per step of the moving average of the region entropies; 0 uses only the previous step."""
     progress_steps: NonNegativeInt = 0
-    """Steps over which curriculum progress goes from 0 to 1; 0 for the whole run. `--resume` sets it when it extends a
-    run, so that progress stays at 1 in the added steps."""
+    """Steps over which curriculum progress goes from 0 to 1; 0 for the whole run. If `--resume` extends a run, it sets
+    this key, so that progress stays at 1 in the added steps."""
     region_weights: Mapping[str, float] = field(default_factory=dict)
     """Loss weights of a supervised preset by region, for example `name = 2.0`; 1 for the others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # A field that the preset ignores must keep its default: the user would believe that it has an effect.
+        # A field that the preset ignores must keep its default, or users would believe that it has an effect.
         rl_fields: dict[str, Any] = {"weights": {}, "reward": {}, "advantage": None, "entropy_decay": ENTROPY_DECAY}
         rl_fields["progress_steps"] = 0
         supervised_fields: dict[str, Any] = {"region_weights": {}}
@@ -245,15 +245,15 @@ class RunConfig:
     ) -> RunConfig:
         """Parse TOML text and `table.key=value` overrides; UserError for an unknown key or an invalid value.
 
-        `origin` names the text in error messages. With `is_recorded`, for the config.toml of a run folder, deprecated
-        keys cause no warning.
+        `origin` names the text in error messages. Pass `is_recorded` for the config.toml of a run folder:
+        deprecated keys then cause no warning.
         """
         tables = rename_keys(parse_toml(text, origin), warn=not is_recorded)
         return from_mapping(cls, apply_overrides(tables, overrides), "")
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
-        """Build a run from Python tables, as `from_toml` does from text."""
+        """Build the configuration from Python tables, as `from_toml` does from text."""
         return from_mapping(cls, apply_overrides(rename_keys(tables), overrides), "")
 
     @property
@@ -275,10 +275,10 @@ class RunConfig:
         return "bfloat16" if self.peft else "float32"
 
     def to_toml(self) -> str:
-        """Return TOML with every default and preset field written out; parsing it gives the same run."""
+        """Return TOML with every default and preset field written out; parsing it gives the same configuration."""
         if self.rest.is_supervised:
-            # A supervised preset rejects any other value than the default of a field that it ignores. If the default
-            # changed in a later version, that version could not read a recorded value, so we record none.
+            # A supervised preset ignores some fields and rejects any value of them but the default. If a later version
+            # changed a default, it would reject the old default in a recorded run, so we record no value.
             method: dict[str, Any] = {"region_weights": self.rest.loss_weights(), "entropy_decay": None}
             method["progress_steps"] = None
         else:
@@ -322,13 +322,13 @@ def override_rule(own: Any, table: Mapping[str, Any], rules: Mapping[str, type],
 def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run file.
 
-    Without a path this is one of the package's run files: the tool world's, or one for your own model if the overrides
-    set a model or data path.
+    Without a path, reads one of the package's run files: the tool world's, or the one for your own model if the
+    overrides set a model or data path.
     """
     if path is None:
         overrides = list(overrides)
         requested = apply_overrides({}, overrides)
-        # The tool world's settings do not suit your own model or data, so these start from other defaults.
+        # The tool world's settings do not suit your own model or data, so such runs start from other defaults.
         is_own = any("path" in requested.get(table, {}) for table in ("model", "data"))
         is_supervised = requested.get("rest", {}).get("preset") in SUPERVISED
         name = "own_model_sft.toml" if is_supervised else "own_model.toml" if is_own else "tool_world.toml"
@@ -385,7 +385,7 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[str]) -> dict
         if not separator or not key or not all(parents):
             raise UserError(f"--set {override} is not an assignment", "--set table.key=value, such as run.seed=1")
         value = parse_toml_value(text.strip(), override)
-        # Each override is renamed on its own: it may use the old name of a key that the file sets by its new name.
+        # Overrides are renamed separately: an override may use the old name of a key and the run file the new name.
         if len(parents) == 1:
             ((key, value),) = rename_keys({parents[0]: {key: value}})[parents[0]].items()
         elif not parents:

@@ -32,8 +32,8 @@ class Entry(NamedTuple):
 class ObjectScan(NamedTuple):
     """The entries of an object in order, the position after it, and the first error (None for valid JSON).
 
-    If the error is in a value, that value is the last entry: its `value` is None, and it ends where its brackets close,
-    or at the end of the text.
+    If the error is in a value, the last entry describes this value: `value` is None, and `end` is where the value's
+    brackets close, or the end of the text.
     """
 
     entries: tuple[Entry, ...]

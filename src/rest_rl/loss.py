@@ -28,11 +28,11 @@ def clipped_surrogate(
 
     Args:
         logprobs_BT: Log-probability of each sampled token under the policy.
-        old_logprobs_BT: The same under the policy that sampled it.
+        old_logprobs_BT: Log-probability of each sampled token under the policy that sampled it.
         advantages_BT: Advantage of each token, weights included.
         mask_BT: 1 for tokens in the loss.
-        epsilon_low: Lower bound of the ratio is 1 - epsilon_low.
-        epsilon_high: Upper bound of the ratio is 1 + epsilon_high.
+        epsilon_low: The ratio r is clipped to at least 1 - epsilon_low.
+        epsilon_high: The ratio r is clipped to at most 1 + epsilon_high.
         aggregation: grpo averages over the tokens of a response, then over responses; dapo averages over all tokens;
             dr_grpo divides the sum over tokens by B * max_length. A response without tokens counts as 0.
         max_length: The constant length of dr_grpo.

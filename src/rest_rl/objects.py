@@ -1,4 +1,4 @@
-"""Loads users' objects by `package.module:OBJECT`, and makes the workflow packages callable."""
+"""Loads users' objects by `package.module:OBJECT`, and lets packages such as `rest_rl.train` be called."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def check_signature(function: Callable[..., Any], what: str, *parameters: str) -
 
 @contextmanager
 def wrap_user_errors(what: str, expected: str) -> Iterator[None]:
-    """Turn every exception of the block, which tries a user's object, into a UserError."""
+    """Turn every exception in the `with` block, which tries out a user's object, into a UserError."""
     try:
         yield
     except UserError:
@@ -104,7 +104,7 @@ def wrap_user_errors(what: str, expected: str) -> Iterator[None]:
 class UserObject:
     """A user's callable that remembers its address and options, so that it can be recorded and compared.
 
-    A class is instantiated with the options. All other attributes are those of the object.
+    If the object is a class, it is instantiated with the options. Unknown attributes are looked up on the object.
 
     Raises:
         UserError: The object cannot be imported or called, or does not accept the options.
@@ -130,7 +130,7 @@ class UserObject:
         return self.target(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "target" or name.startswith("__"):  # copying asks before __init__ has run
+        if name == "target" or name.startswith("__"):  # copying reads attributes before __init__ has run
             raise AttributeError(name)
         return getattr(self.target, name)
 
@@ -142,7 +142,7 @@ class UserObject:
 
 
 def display_name(found: object) -> str:
-    """Return a user's object's name for error messages: its address, or else its `__name__`."""
+    """Return the name of a user's object for error messages: its address, or else its `__name__`."""
     return getattr(found, "address", None) or getattr(found, "__name__", type(found).__name__)
 
 

@@ -48,8 +48,8 @@ WEIGHT_RULES: Mapping[str, type] = {**dict.fromkeys(get_args(RuleName), WeightCo
 REWARD_RULES: Mapping[str, type] = {"rescaled": RewardConfig, "authors-code": AuthorsReward}
 
 _UNIFORM = WeightConfig(rule="uniform")
-# No schedule: the weights follow the moving averages of the entropies. The strength is low because twice as much costs
-# accuracy on tasks in which the reasoning decides (docs/results.md).
+# No schedule: the weights follow the moving averages of the entropies. The strength is low, because twice the strength
+# costs accuracy on tasks in which the reasoning determines the calls (docs/results.md).
 _REST = WeightConfig(strength=0.25, w_min=0.25, w_max=4.0)
 # a_f = a_p = a_t = 0.3: the published code moves its weights by 0.002 a step over a schedule of 150 steps
 _PAPER = WeightConfig(w_min=0.001, w_max=8.0, decay_format=0.3, gain_arguments=0.3, gain_reasoning=0.3)
@@ -102,8 +102,8 @@ def score_response(
 ) -> Reward:
     """Return the preset's reward for a response at a progress in [0, 1]; malformed text scores low and never raises.
 
-    `step` is the absolute training step for `authors-code`, by default progress * 150. S_format is 0 for `truncated`
-    responses, which were cut off.
+    `step` is the absolute training step for `authors-code`, by default progress * 150. Set `truncated` for a
+    response that was cut off; S_format is then 0.
     """
     judgement = judge(text, gold, format, truncated=truncated)
     return apply_reward(get_preset(preset).reward, judgement, progress, step)
@@ -125,7 +125,7 @@ def compute_token_weights(
 ) -> Tensor:
     """Return the weight of every sampled token: float32 (B, T), mean 1 over each response, 0 where masked.
 
-    Multiply the advantages by them (`rest_rl.credit.weight_advantages`); your engine's loss stays unchanged.
+    Multiply the advantages by these weights (`rest_rl.credit.weight_advantages`); your engine's loss stays unchanged.
 
     Args:
         ids_BT: Sampled token ids, including the end-of-sequence token.
@@ -137,7 +137,7 @@ def compute_token_weights(
         progress: Curriculum progress nu in [0, 1]; step / 150 for `authors-code`.
         step: Absolute training step instead of the progress, for `authors-code` only.
         entropies: Policy entropies in nats: one per token (B, T), the mean of each region by label (regions that are
-            missing get weight 1), or `RegionStatistics`, such as those of the global batch for each micro-batch.
+            missing get weight 1), or `RegionStatistics`; for micro-batches, pass the statistics of the global batch.
         collisions: 1 - sum_v p_v^2 per token or per region, for the rule `collision`.
         regions_BT: Result of `tag_regions`, if you already have it.
     """

@@ -49,7 +49,7 @@ class TokenBytes:
     lengths_V: np.ndarray
     eos_id: int | None
     special_ids: frozenset[int]
-    """Special tokens at the end of a response are not text."""
+    """Ids of the special tokens; at the end of a response, these do not count as text."""
     trims_offsets: bool
     """Whether the tokenizer's character offsets exclude the spaces around a token."""
 
@@ -258,8 +258,8 @@ def tag_regions(
 ) -> Tensor:
     """Return the region of every token: int64 (B, T), OTHER where masked.
 
-    Each run of ones in a row of the mask is a turn and is parsed separately; for rows with tool results pass
-    `completion_mask * tool_mask`. A token that overlaps several regions gets the one with most of its bytes (ties:
+    Each run of ones in a row of the mask is a turn and is parsed separately; for rows with tool results, pass
+    `completion_mask * tool_mask`. A token in several regions gets the region that contains most of its bytes (ties:
     `TIE_ORDER`). The special tokens at the end of a turn are FORMAT. A token without bytes, such as the first part of a
     character under an incremental decoder, gets the region at its position. `format` can also be a function that
     returns the spans of a turn's text.

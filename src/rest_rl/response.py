@@ -102,7 +102,7 @@ class ParsedResponse:
 def gold_from_json(value: Any) -> Gold:
     """Build a gold turn from `{"calls": [{"name": str, "arguments": object}], "answer": str | null}`.
 
-    A blank answer becomes None, because no format can distinguish the two.
+    A blank answer becomes None, because no format can distinguish a blank answer from none.
 
     Raises:
         UserError: The value has another structure.

@@ -1,6 +1,6 @@
 """Scores responses against gold turns: format, accuracy, what each mistake costs, and the reward.
 
-The scores are those of ToolRL (arXiv 2504.13958, section 3.3), with an optimal instead of a greedy assignment of calls.
+The scores follow ToolRL (arXiv 2504.13958, section 3.3), with an optimal instead of a greedy assignment of calls.
 They ignore the text of an answer (see `RewardConfig.answer`), the content of the reasoning, and the types in a tool's
 schema.
 """
@@ -31,7 +31,7 @@ FindingKind = Literal["format", "unneeded_call", "names", "missing_call", "keys"
 class ScoreFinding(NamedTuple):
     """A mistake in a response and what it costs.
 
-    `cost` is a share of S_format for the kind `format`, and of S_acc for all others. The latter add up to 1 - S_acc.
+    `cost` is a share of S_format for the kind `format`, and of S_acc for other kinds, whose costs add up to 1 - S_acc.
     """
 
     kind: FindingKind
@@ -88,16 +88,16 @@ class RewardConfig:
     format_scale: float = 1.0
     """beta_fmt"""
     accuracy_share_start: float = 0.3
-    """nu' at progress 0 (our choice: at 0, a group of well-formatted responses would have no spread in its rewards)."""
+    """nu' at progress 0 (ours: if it were 0, the rewards of a group of well-formatted responses would be equal)."""
     accuracy_share_end: float = 0.8
-    """nu' at progress 1 (our choice: at 1, format would not be rewarded any more)."""
+    """nu' at progress 1 (ours: if it were 1, the format would not be rewarded any more)."""
     answer: str = "presence"
-    """S_acc of an answer turn in which no tool was called: 1 for any text with `presence` (as in ToolRL),
-    `token_overlap` with the gold answer with `overlap`, or the result of your function of (response text, gold) in
-    [0, 1] with `package.module:OBJECT`. It is 0 if the response was cut off."""
+    """How to score an answer turn if the response calls no tool: `presence` sets S_acc to 1 for any text (as in
+    ToolRL), `overlap` to the `token_overlap` with the gold answer, and `package.module:OBJECT` to the result of your
+    function of (response text, gold), in [0, 1]. S_acc is 0 if the response was cut off."""
     random: bool = False
-    """Train on `random_rewards` as a control. The trainer replaces the rewards; calling this rule does not, and the
-    reported scores stay correct."""
+    """Train on `random_rewards` as a control. The trainer replaces the rewards; this rule still returns the real
+    reward, and the reported scores stay correct."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.accuracy_share_start <= self.accuracy_share_end <= 1:
@@ -115,7 +115,7 @@ class RewardConfig:
         check_progress(progress)
         share = self.accuracy_share_start + (self.accuracy_share_end - self.accuracy_share_start) * progress
         accuracy, explanation = judgement.accuracy, judgement.explanation
-        # Only an answer where an answer was expected; the extra finding keeps the sum of the costs at 1 - S_acc.
+        # An answer was expected, and no call was attempted. The extra finding keeps the sum of the costs at 1 - S_acc.
         if judgement.gold.turn == "answers" and judgement.gold.answer is not None and accuracy == 1:
             accuracy = self._answer_score(judgement, judgement.gold.answer)
             if accuracy < 1:
@@ -192,8 +192,8 @@ def judge(
 ) -> Judgement:
     """Parse a response and score it against gold; malformed text scores low and never raises.
 
-    `spans` also locates the regions (`judgement.parsed.spans`), which takes longer. S_format is 0 for `truncated`
-    responses, which were cut off.
+    `spans` also locates the regions (`judgement.parsed.spans`), which takes longer. Set `truncated` for a response
+    that was cut off; S_format is then 0.
     """
     parsed = get_format(format).parse(text, spans=spans)
     return judge_parsed(parsed, gold, text, truncated=truncated)
@@ -210,7 +210,7 @@ def judge_parsed(parsed: ParsedResponse, gold: Gold, text: str = "", *, truncate
 
 
 def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
-    """Apply a reward rule; if it returns a plain number, the judgement's scores are reported with it."""
+    """Apply a reward rule; if the rule returns a plain number, add the scores of the judgement to it."""
     found = rule(judgement, progress, step)
     total = found.total if isinstance(found, Reward) else found
     try:
@@ -254,10 +254,10 @@ def random_rewards(count: int, seed: int, step: int, first: int = 0) -> list[flo
 
 
 def format_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[ScoreFinding, ...]]:
-    """Return S_format in {0, 1} and what lowered it.
+    """Return S_format in {0, 1} and the mistakes that lowered it.
 
-    It is 1 if the response has exactly the blocks that gold requires, complete and in order. Formats with untagged
-    answers allow text next to calls. The content of the blocks does not matter.
+    S_format is 1 if the response has exactly the blocks that gold requires, complete and in order. Formats with
+    untagged answers allow text next to calls. The content of the blocks does not matter.
     """
     problem = _format_problem(parsed, gold)
     return (1.0, ()) if problem is None else (0.0, (ScoreFinding("format", problem, 1.0),))
@@ -276,7 +276,7 @@ def _format_problem(parsed: ParsedResponse, gold: Gold) -> str | None:
 
 
 def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[ScoreFinding, ...]]:
-    """Return S_acc in [0, 1] = (r_name + r_keys + r_values) / (1 + |Gold| + sum_j |keys(G_j)|), and what lowered it.
+    """Return S_acc in [0, 1] = (r_name + r_keys + r_values) / (1 + |Gold| + sum_j |keys(G_j)|), and the mistakes.
 
     r_name is the Jaccard index of the multisets of tool names. Under the best one-to-one assignment of predicted to
     gold calls of the same name, r_keys sums the Jaccard indices of the argument names, and r_values counts the equal

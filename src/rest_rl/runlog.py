@@ -146,7 +146,7 @@ class RunLog:
     def resume(cls, folder: str | Path, step: int, *, is_last: bool = False, enabled: bool = True) -> RunLog:
         """Reopen a run folder at a checkpoint, and remove later rows and an incomplete last line.
 
-        Unless the checkpoint is the last one of the run, only the evaluation before training stays in the summary.
+        Unless `is_last` (the run ends at this checkpoint), the summary keeps only the entries from before training.
         """
         log = cls(folder, enabled=enabled)
         if not (log.folder / CONFIG).is_file():
@@ -180,7 +180,7 @@ class RunLog:
             temporary.replace(self.model)
 
     def write_rejected(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the rejected rows; no rows, no file."""
+        """Write the rejected rows to rejected.jsonl; if there are none, write no file."""
         if text := to_jsonl(rows):
             self._write(REJECTED, text)
 
@@ -277,7 +277,7 @@ def add_module_folders(folder: Path) -> None:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read the folder of a finished or unfinished run; UserError if it is none."""
+    """Read the folder of a finished or unfinished run; UserError if it contains no run."""
     path = Path(folder)
     if not (path / CONFIG).is_file():
         inside = [pattern for pattern in ("*", "runs/*") if any(path.glob(f"{pattern}/{CONFIG}"))]  # runs/*: a grid
@@ -375,7 +375,7 @@ def lock_run_folder(folder: Path, observer: Observer = SILENT, *, enabled: bool 
     with file:
         try:
             is_ours = try_lock(file)
-            for _ in range(5):  # another process may hold it for a moment, in `find_lock_owner`
+            for _ in range(5):  # `find_lock_owner` in another process may lock it for a moment
                 if not is_ours:
                     time.sleep(0.1)
                     is_ours = try_lock(file)

@@ -34,9 +34,9 @@ class Interval(NamedTuple):
 def q_values(p_values: Sequence[float]) -> list[float]:
     """Return Benjamini and Hochberg's q-values, which bound the expected share of false positives.
 
-    A NaN p-value gives NaN and does not count as a test. Benjamini, Y. and Hochberg, Y. (1995),
-    https://doi.org/10.1111/j.2517-6161.1995.tb02031.x, for independent tests. Our tests share a baseline and are
-    therefore positively dependent; the bound is proven for such one-sided tests, and we assume it for two-sided ones.
+    A NaN p-value gives NaN and does not count as a test. The bound is proven for independent tests (Benjamini, Y. and
+    Hochberg, Y., 1995, https://doi.org/10.1111/j.2517-6161.1995.tb02031.x). Our tests share a baseline, so they are
+    positively dependent; the bound is proven for such one-sided tests, and we assume it for two-sided ones.
     """
     known = [p for p in p_values if not math.isnan(p)]
     adjusted = iter(false_discovery_control(known) if known else [])
@@ -49,7 +49,7 @@ CONFIDENCE_LEVEL = 0.95
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """Return Wilson's score interval of the fraction correct / n; (0, 1) without samples.
 
-    It stays in [0, 1] and has a positive width at 0 and 1, too. Wilson, E. B. (1927),
+    The interval stays in [0, 1] and has a positive width at 0 and 1, too. Wilson, E. B. (1927),
     https://doi.org/10.1080/01621459.1927.10502953.
     """
     check_counts(correct, n)
@@ -62,8 +62,8 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 def mcnemar_p_value(lost: int, gained: int) -> float:
     """Return the two-sided p-value of McNemar's exact test; 1 if no sample changed.
 
-    Only samples that one model answers correctly and the other does not count: under the null hypothesis each of them
-    is equally likely to be lost or gained. McNemar, Q. (1947), https://doi.org/10.1007/BF02295996.
+    Only samples that exactly one of the two models gets right matter. Under the null hypothesis, each of them is
+    equally likely to be lost or gained. McNemar, Q. (1947), https://doi.org/10.1007/BF02295996.
     """
     check_counts(lost, lost + gained)
     return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
@@ -74,7 +74,7 @@ def paired_difference(lost: int, gained: int, n: int) -> Interval:
 
     The interval is Bonett and Price's adjusted Wald interval: with p = (lost + 1) / (n + 2) and
     q = (gained + 1) / (n + 2) it is q - p ± z sqrt((p + q - (q - p)²) / (n + 2)), clipped to [-1, 1]. Bonett, D. G. and
-    Price, R. M. (2012), https://doi.org/10.3102/1076998611411915. Without samples it is 0 in [-1, 1].
+    Price, R. M. (2012), https://doi.org/10.3102/1076998611411915. Without samples, the result is 0 in [-1, 1].
     """
     check_counts(lost, n)
     check_counts(gained, n - lost)
@@ -89,7 +89,7 @@ def weighted_mean(parts: Iterable[tuple[float, Interval]]) -> Interval:
     """Return the weighted mean of independent estimates, with a MOVER interval.
 
     With weights that add up to 1, low = mean - sqrt(sum w² (value - low)²), and high accordingly. The interval is
-    asymmetric if those of the estimates are. Zou, G. Y. and Donner, A. (2008), https://doi.org/10.1002/sim.3095; with
+    asymmetric if the estimates' intervals are. Zou, G. Y. and Donner, A. (2008), https://doi.org/10.1002/sim.3095; with
     Wilson's intervals: Zou, G. Y., Huang, W. and Zhang, X. (2009), https://doi.org/10.1016/j.csda.2008.09.033.
 
     Args:

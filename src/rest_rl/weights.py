@@ -23,7 +23,7 @@ RuleName = Literal[
 ]
 
 REGION_LABELS = tuple(region.label for region in Region)
-# The published code's weights at step 0. It gives `answer` and `other` no weight; we use its lowest one.
+# The published code's weights at step 0. It gives `answer` and `other` no weight; we give them its lowest weight.
 AUTHORS_CONSTANTS: Mapping[str, float] = {
     "format": 1.0,
     "name": 1.2,
@@ -64,7 +64,7 @@ class TaggedBatch:
     entropies_BT: Tensor | None = None
     """Policy entropy of each token in nats, for rules with `needs_entropies`."""
     entropies_N: Tensor | None = None
-    """Entropies of all unmasked tokens of the global batch, if this is only a part of it."""
+    """Entropies of all unmasked tokens of the global batch, if this batch is only a part of it."""
 
 
 class WeightRule(Protocol):
@@ -248,7 +248,7 @@ class WeightConfig:
 class AuthorsWeights:
     """The token weights of the authors' published code, which supports the tags of two formats.
 
-    Reproduced with the code's own normalization and with the tokens that it leaves without a weight.
+    Uses the normalization of the published code; tokens to which that code assigns no weight get 0.
     """
 
     rule: Literal["authors-code"] = "authors-code"
@@ -390,7 +390,7 @@ def top_entropy_mask(
     entropies_BT: Tensor, mask_BT: Tensor, quantile: float, entropies_N: Tensor | None = None
 ) -> Tensor:
     # 1 for the most uncertain tokens of the batch and 0 for the others (arXiv 2506.01939): float64 (B, T). The
-    # threshold is that of the global batch (`entropies_N`) if this is a part of it. A response without any such token
+    # threshold is that of the global batch (`entropies_N`) if given. A response without any such token
     # keeps its most uncertain one, so that it has a gradient. Masked tokens get -1, which is below every entropy.
     import torch
 

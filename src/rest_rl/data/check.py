@@ -1,4 +1,4 @@
-"""Check every row of a data file: each is kept, repaired or rejected, with its number and the reasons.
+"""Check every row of a data file, and report whether the row is kept, repaired or rejected, and why.
 
 `check_rows` streams: it keeps one row in memory, and two hashes per sample to detect duplicates.
 """
@@ -40,22 +40,22 @@ ROWS_PER_PROGRESS = 256
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """How a file is read and checked; raises UserError for invalid values."""
+    """Settings for reading and checking a file; invalid values raise UserError."""
 
     source: str | RowShape = AUTO
     """Shape of the rows: a name in `shapes.SHAPES`, `package.module:OBJECT`, or `auto` to detect it from the keys."""
     keep_prompts: bool = False
     """Keep published prompts word for word, including the tools they describe (ToolRL, API-Bank, ToolACE)."""
     allow: Sequence[str] = ()
-    """Reasons that are only noted: they neither reject nor repair anything."""
+    """Reasons (keys of `reasons.REASONS`) to note only, without a rejection or repair."""
     mask_names: float = 0.0
     """Share of samples whose tool and argument names are replaced by random strings (Hammer, arXiv 2410.04587)."""
     seed: int = 0
     """Seed of the masking."""
     max_prompt_tokens: int = 0
-    """Reject longer prompts; 0 for no limit. Needs a model, whose tokenizer counts (`prepare_row`)."""
+    """Reject prompts with more tokens; 0 for no limit. Only `prepare_row` checks this, with the model's tokenizer."""
     max_response_tokens: int = 1
-    """Reject prompts that leave fewer tokens for a response in the model's context length, if that is known."""
+    """If the model's context length is known, reject prompts that leave fewer tokens than this for a response."""
 
     def __post_init__(self) -> None:
         get_shapes(self.source)
@@ -93,14 +93,14 @@ class CheckedRow(NamedTuple):
         return ("repaired" if is_changed else "kept") if self.samples else "rejected"
 
     def with_findings(self, found: Iterable[RowFinding]) -> CheckedRow:
-        """Return the row with these findings added and the samples that they reject removed."""
+        """Return the row with `found` added to its findings, and without the samples that these findings reject."""
         found = tuple(found)
         lost = {each.sample for each in found if each.severity == "rejected"}
         samples = tuple(sample for sample in self.samples if sample.id not in lost)
         return self._replace(samples=samples, findings=(*self.findings, *found))
 
     def reasons_to_allow(self, config: CheckConfig) -> Collection[str]:
-        """Return the reasons that are only noted in this row: all of them if it belongs to a benchmark."""
+        """Return the reasons that are only noted in this row; in a benchmark's row, all that can be allowed."""
         return ALLOWABLE_REASONS if self.source in BENCHMARKS else config.allow
 
 
@@ -129,14 +129,14 @@ class DataReport:
     rejected: int = 0
     samples: int = 0
     turns: Counter[Turn] = field(default_factory=Counter)
-    """Number of samples whose gold calls a tool, and of those whose gold answers without a call."""
+    """Number of samples on call turns (the gold turn calls a tool) and on answer turns (it does not)."""
     lost_turns: int = 0
     """Rows that lost a turn but still give samples; they count as repaired."""
     reasons: Counter[str] = field(default_factory=Counter)
     occurrences: Counter[str] = field(default_factory=Counter)
     first_rows: dict[str, list[int]] = field(default_factory=dict)
     outcomes: dict[str, set[str]] = field(default_factory=dict)
-    """For each reason, the effects it had, as `describe_outcome` names them."""
+    """For each reason, the effects that its findings had: strings that `describe_outcome` returns."""
     sources: Counter[str] = field(default_factory=Counter)
     files: set[str] = field(default_factory=set)
     findings: list[LocatedFinding] = field(default_factory=list)
@@ -209,7 +209,7 @@ def check_rows(
 ) -> Iterator[CheckedRow]:
     """Yield each row of files, folders or hub datasets with its samples and findings, in order.
 
-    Prompts that the file `test` also contains are rejected. `limit` is the number of rows to read, 0 for all.
+    Samples whose prompt is also in the file `test` are rejected. `limit` is the number of rows to read, 0 for all.
 
     Raises:
         UserError: An input does not exist. A row that cannot be read is a finding, not an error.
@@ -228,8 +228,8 @@ def check_rows(
 def collect_prompt_digests(path: str, config: CheckConfig | None = None) -> set[int]:
     """Return the digests of all prompts of a test file."""
     config = config or CheckConfig()
-    # Defects of the test file must not hide a leak, so nothing is rejected. Repairs stay on: they change histories, and
-    # the training prompts that are compared with these are repaired too.
+    # Training data can also leak into a defective test row, so no row is rejected here. Repairs stay on: they change
+    # histories, and the training prompts that are compared with these prompts are repaired too.
     allow = tuple(
         reason for reason in ALLOWABLE_REASONS if reason in config.allow or REASONS[reason].severity != "repaired"
     )
@@ -286,7 +286,7 @@ class _RowChecker:
         self, sample: ToolSample, allow: Collection[str], repaired: dict[int, Gold]
     ) -> tuple[ToolSample, list[RowFinding]]:
         # `repaired` maps the position of a turn in its dialogue to its repaired gold. Later samples of the dialogue
-        # show that turn in their history, and must show it as repaired.
+        # have that turn in their history, where the repaired calls must replace the published ones.
         published = sample.gold
         sample, found = check_against_tools(repair_history(sample, repaired), allow)
         if sample.gold != published:
@@ -297,8 +297,8 @@ class _RowChecker:
         return mask_names(sample, self.config.mask_names, self.config.seed), found
 
     def _among_others(self, sample: ToolSample) -> Iterator[tuple[str, str]]:
-        # Two digests per sample, of its prompt and of prompt and gold, share one set: they are 64-bit hashes of
-        # different structures, so they collide no more often than any two hashes.
+        # Each sample adds two digests to one set: that of its prompt, and that of prompt and gold together. The two
+        # kinds can share the set, because a prompt digest equals a whole one only if two 64-bit hashes collide.
         prompt = compute_digest([sample.messages, sample.tools])
         gold = [[(call.name, call.arguments) for call in sample.gold.calls], sample.gold.answer]
         whole = compute_digest([prompt, gold])
@@ -312,8 +312,8 @@ class _RowChecker:
 
 
 def _read_samples(shape: RowShape, value: Mapping[str, Any], context: RowContext) -> list[ToolSample]:
-    # Built-in shapes raise RowRejectedError for bad rows, and any other exception of theirs is a bug of ours. The
-    # output of a user's shape is validated like a file: converted to JSON and back.
+    # Built-in shapes raise RowRejectedError for bad rows; any other exception is a bug in this package. The output of
+    # a user's shape is converted to JSON and back, which validates it as if it came from a file.
     if shape in SHAPES.values():
         return [sample for each in shape.read(value, context) for sample in _split_dialogue(each, context)]
     samples: list[ToolSample] = []

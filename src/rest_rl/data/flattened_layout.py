@@ -26,7 +26,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Frame:
-    """The published system text before and after the list of tools."""
+    """ToolRL's fixed system text: the part before the list of tools, and the part after the list."""
 
     before: str
     after: str
@@ -39,8 +39,8 @@ class Frame:
     def flatten(self, sample: ToolSample) -> ToolSample:
         """Return the sample with its tools in the system message and its history in one user message.
 
-        This departs from ToolRL, which drops both, in two points: a system message of the sample stays as the last
-        paragraph, and `render_tools` lists the required arguments. A sample with `tools_in_prompt` stays as it is.
+        Unlike ToolRL, this keeps the sample's own system messages, as the last paragraphs, and lists the required
+        arguments (`render_tools`). A sample with `tools_in_prompt` is returned unchanged.
         """
         if sample.tools_in_prompt:
             return sample
@@ -51,7 +51,7 @@ class Frame:
 
 
 class FlattenedLayout(PromptLayout):
-    """Renders prompts within a frame; the chat template adds only the roles."""
+    """Renders tools and history within ToolRL's system text (the frame); the chat template adds only the roles."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class FlattenedLayout(PromptLayout):
 
 
 def frame_of(path: str) -> Frame:
-    """Return the frame of the first row with ToolRL's system text, in ToolRL's or our own files with kept prompts."""
+    """Read the frame from the first row with ToolRL's system text: in ToolRL's files, or in ours with kept prompts."""
     for row in RowReader(path):
         if isinstance(row.value, RowError) or not (shape := find_shape(row.value, (own, toolrl))):
             continue
@@ -91,10 +91,10 @@ def frame_of(path: str) -> Frame:
 
 
 def render_tools(tools: Sequence[Message]) -> str:
-    """Render tools as ToolRL numbers them: name, description, and the schemas of the arguments as one line of JSON.
+    """Render a numbered list of tools as ToolRL does: name, description, and argument schemas as one line of JSON.
 
-    If a schema has `required`, a line such as `Required: ["city"]` follows, which ToolRL lacks. It is a separate line
-    because the JSON lists arguments by name, and an argument may itself be called `required`.
+    If a schema has `required`, we add a line such as `Required: ["city"]`, which ToolRL lacks. This line is not a key
+    of the JSON, because the keys of the JSON are argument names, and an argument may itself be called `required`.
     """
     lines = []
     for number, tool in enumerate(tools, 1):
@@ -107,9 +107,9 @@ def render_tools(tools: Sequence[Message]) -> str:
 
 
 def render_history(messages: Sequence[Message]) -> str:
-    """Render a history as ToolRL flattens it, with reasoning (`reasoning_content`) and without system messages.
+    """Render a history as one text in ToolRL's form, with reasoning (`reasoning_content`) and without system messages.
 
-    `rest_rl.data.shapes.toolrl.parse_history` is the inverse, except for the reasoning. JSON is ASCII, as published.
+    `rest_rl.data.shapes.toolrl.parse_history` is the inverse, except for the reasoning. JSON is ASCII, as in ToolRL.
     """
     paragraphs: list[list[str]] = []
     calls: Sequence[Message] = ()

@@ -28,7 +28,7 @@ _VALIDATOR_KEYWORDS = {
     "minLength", "maxLength", "minItems", "maxItems", "uniqueItems", "prefixItems", "contains",
     "minProperties", "maxProperties", "dependentRequired", "anyOf", "oneOf", "allOf", "if", "$ref",
 }  # fmt: skip
-# Keywords that are not checked: a regular expression of a data set may backtrack without end.
+# Keywords that are not checked, because a regular expression from a data set may backtrack without end.
 _SKIPPED_KEYWORDS = ("pattern", "patternProperties", "$dynamicRef")
 # Schemas with more references are not checked: a chain in which each refers to the next twice takes 2^n steps.
 _MAX_REFERENCES = 32
@@ -44,9 +44,9 @@ Problems = Iterator[tuple[str, str]]
 def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tuple[ToolSample, list[RowFinding]]:
     """Check the gold calls against the schemas of the tools; return the repaired sample and the findings.
 
-    Text that spells a value of the schema's type is replaced by the value. Reasons in `allow` are only noted.
+    Text such as "3" is replaced by the integer that the schema wants. Defects with a reason in `allow` are only noted.
     """
-    # Two tools of one name are a problem only if they differ. A turn that calls neither keeps its sample.
+    # Two tools with one name are a problem only if they differ. If the gold calls neither, this is only noted.
     functions = [tool.get("function", tool) for tool in sample.tools]
     by_name: dict[str, Any] = {}
     twice = {each["name"] for each in functions if by_name.setdefault(each["name"], each) != each}
@@ -85,8 +85,8 @@ def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tupl
 def repair_history(sample: ToolSample, repaired: Mapping[int, Gold]) -> ToolSample:
     """Return the sample with earlier turns of its history replaced by their repaired gold turns.
 
-    Without this, the prompt would still show the defect that was repaired in the sample of that turn. `repaired` maps
-    the positions of turns to their gold.
+    Each earlier turn is also the gold turn of an earlier sample, where its calls may have been repaired. The history
+    must show the repaired calls, too. `repaired` maps the positions of turns to their gold.
     """
     messages = list(sample.messages)
     for at, gold in repaired.items():
@@ -194,7 +194,7 @@ def _validate_rest(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> P
     from referencing import Registry
 
     given = {name: value for name, value in arguments.items() if value is not None}
-    # What was checked above: keywords of the arguments as a whole (path length 0) and of a single argument (1).
+    # Keywords already checked above, for the arguments as a whole (path length 0) and for a single argument (1).
     told_above = {0: ("required", "additionalProperties"), 1: ("type", "enum")}
     try:
         validator = _validator_class()(schema, registry=Registry())  # an empty registry never fetches a reference

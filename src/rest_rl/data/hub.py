@@ -12,7 +12,7 @@ from huggingface_hub.utils import get_session
 def has_hub() -> bool:
     """Return whether the Hugging Face hub can be reached; if not, switch its client to offline mode.
 
-    In offline mode only cached files are used. Otherwise the client would retry for a minute and warn each time.
+    In offline mode, the client uses only cached files. Without it, the client would retry for a minute and warn.
     """
     try:
         get_session().head(constants.ENDPOINT, timeout=10)

@@ -22,7 +22,7 @@ from rest_rl.formats import (
 from rest_rl.formats.opened_think import OPENING_TAGS, THINK_SUFFIX
 
 FALLBACK_FORMAT = "hermes"
-"""The format for models whose chat template uses no known one; a system message describes it."""
+"""The format for models whose chat template uses no known format; a system message describes this one."""
 PROBE_MESSAGE = {"role": "user", "content": "probe of the user message"}
 PROBE_SYSTEM_MESSAGE = {"role": "system", "content": "probe of the system message"}
 PROBE_TOOL = {
@@ -68,8 +68,8 @@ class PromptLayout:
                 remedy="use an instruct model, or set tokenizer.chat_template",
             )
         self.tokenizer, self.format, self.variables = tokenizer, get_format(tool_format), dict(variables or {})
-        # Templates have no metadata, so everything is found out by rendering probes: whether text, tools and system
-        # messages appear in the prompt, and how the prompt ends. A template that fails on a probe renders as "".
+        # Templates have no metadata, so we render test messages (probes) to see whether text, tools and system messages
+        # appear in the prompt, and how the prompt ends. If the template fails on a probe, the result is "".
         self._probe = self._render_or_empty([PROBE_MESSAGE])
         if self._probe and PROBE_MESSAGE["content"] not in self._probe:
             raise UserError(
@@ -80,7 +80,7 @@ class PromptLayout:
     def render(self, sample: ToolSample) -> str:
         """Return the prompt up to the start of the response.
 
-        It starts with the beginning-of-sequence token if the tokenizer adds one, even if the template does not.
+        The prompt starts with the beginning-of-sequence token if the tokenizer adds one, even if the template does not.
 
         Raises:
             UserError: The template fails on the sample.
@@ -117,7 +117,7 @@ class PromptLayout:
     def is_native(self) -> bool:
         """Whether the template itself describes tools and writes calls in this format.
 
-        Your own format can set an attribute `is_native` if the template uses it.
+        If a chat template writes calls in your own format, set the attribute `is_native = True` on that format.
         """
         inner = self.format.inner if isinstance(self.format, OpenedThinkFormat) else self.format
         is_known = detect_tokenizer_format(self.tokenizer) == inner.name or getattr(inner, "is_native", False)
@@ -141,7 +141,7 @@ class PromptLayout:
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
-        """The special tokens of the tokenizer; it recognizes them in the text of messages too."""
+        """The special tokens of the tokenizer, which recognizes them even in the text of messages."""
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         return frozenset(filter(None, (*added, *self.tokenizer.all_special_tokens)))
 
@@ -204,7 +204,7 @@ def _render_assistant(message: Mapping[str, Any], tool_format: ToolFormat) -> st
 
 
 def _move_system_into_user(messages: Messages) -> Messages:
-    # All system messages move to the front of the first user message, or become one.
+    # Moves all system messages into the user message that follows, or makes them a user message if none follows.
     said = [message["content"] for message in messages if message["role"] == "system"]
     others = [message for message in messages if message["role"] != "system"]
     if not said:
@@ -215,8 +215,8 @@ def _move_system_into_user(messages: Messages) -> Messages:
 
 
 def assign_call_ids(messages: Messages) -> Messages:
-    """Replace the ids of calls by ids of nine letters and digits, which Mistral's templates require; results follow."""
-    # A result takes the new id of the waiting call with its old id, or of the first waiting call if there is none.
+    """Replace call ids, in calls and results, by ids of nine letters and digits, which Mistral's templates require."""
+    # A result takes the new id of the waiting call whose old id it has, or else of the first waiting call.
     named: Messages = []
     waiting: list[tuple[str, str]] = []  # (id as given, new id) of the calls without a result yet
     made = 0

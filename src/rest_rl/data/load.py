@@ -23,7 +23,7 @@ class LoadedData(NamedTuple):
 
 
 def check_data(*paths: str, **settings: Any) -> DataReport:
-    """Check every row of files, folders or hub datasets as training would; `settings` are those of `read_rows`.
+    """Check every row of files, folders or hub datasets as training would; `settings` are keywords of `read_rows`.
 
     Example: `check_data("dialogues.jsonl", source="messages", allow=["duplicate"]).rejected`.
 
@@ -37,7 +37,7 @@ def check_data(*paths: str, **settings: Any) -> DataReport:
 
 
 def load_dataset(*paths: str, **settings: Any) -> LoadedData:
-    """Return all samples and the report; arguments and errors are those of `check_data`."""
+    """Return all samples and the report; takes the same arguments and raises the same errors as `check_data`."""
     loaded = LoadedData([], DataReport())
     for row in read_rows(paths, **settings):
         loaded.report.add(row)
@@ -56,9 +56,9 @@ def read_rows(
 ) -> Iterator[CheckedRow]:
     """Yield each row of data files with its samples and findings, in order.
 
-    With the `layout` of a model, samples that it cannot represent are rejected. Prompts that the file `test` also
-    contains are rejected. `limit` is the number of rows to read, 0 for all. The other settings are the fields of
-    `CheckConfig`.
+    With the `layout` of a model, samples that the model cannot represent are rejected. Samples whose prompt is also
+    in the file `test` are rejected. `limit` is the number of rows to read, 0 for all. The other settings are the
+    fields of `CheckConfig`.
     """
     if "keep" in settings:
         warnings.warn(describe_renaming("keep", "allow"), RenamedWarning, stacklevel=3)

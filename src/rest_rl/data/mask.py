@@ -29,10 +29,10 @@ class NameMap(NamedTuple):
 
 
 def mask_names(sample: ToolSample, share: float, seed: int) -> ToolSample:
-    """Return the sample, with masked names if it belongs to the share.
+    """Return the sample, with masked names if it is drawn; `share` is the probability.
 
-    The outcome depends only on the seed and the id of the sample, not on other rows. A sample whose messages describe
-    its tools stays as it is.
+    The draw and the names depend only on the seed and the sample, not on other rows. A sample whose messages describe
+    its tools is returned unchanged.
     """
     if not share or sample.tools_in_prompt:
         return sample
@@ -123,8 +123,8 @@ def _get_properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _rename_text(text: str, called: Iterable[str], names: NameMap) -> str:
     # Text may use a name as an ordinary word ("city"). Therefore only names in quotes or backticks are replaced, and
-    # names that no word is spelled like (`get_weather`, `api.get`, `getWeather`). An argument name that several tools
-    # share has several new names: the called tools decide, and if they disagree the name stays. Longer names come first
+    # names that look unlike any word (`get_weather`, `api.get`, `getWeather`). An argument name that several tools have
+    # has several new names: the called tools decide, and if they disagree, the old name stays. Longer names come first
     # in the pattern, because a regular expression takes the first alternative that matches.
     own = [names.arguments.get(tool, {}) for tool in called]
     clear = _find_unambiguous(names.tools, *own)

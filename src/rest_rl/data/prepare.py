@@ -50,7 +50,7 @@ class Rejected(NamedTuple):
 def prepare(sample: ToolSample, layout: PromptLayout) -> Prepared | Rejected:
     """Return the sample with its rendered prompt.
 
-    It is rejected if no response in the format can match its gold, if the chat template fails on it, or if it contains
+    A sample is rejected if no response in the format can match its gold, if the chat template fails, or if it contains
     a lone surrogate, which no tokenizer accepts.
     """
     try:
@@ -86,8 +86,8 @@ def prepare_row(row: CheckedRow, layout: PromptLayout, config: CheckConfig) -> t
     """Prepare the samples of a checked row.
 
     Returns:
-        The row without the samples that the model cannot represent or generate, or that exceed a limit of the config;
-        each is a finding. Also the prepared samples, in the order of the row.
+        The row without the samples that the model cannot represent or generate, or that exceed a limit of the config
+        (the row gets a finding for each of them), and the remaining samples, prepared, in the order of the row.
     """
     kept: list[Prepared] = []
     found: list[RowFinding] = []
@@ -106,7 +106,7 @@ def prepare_row(row: CheckedRow, layout: PromptLayout, config: CheckConfig) -> t
 
 
 def find_refusals(prepared: Prepared, layout: PromptLayout, config: CheckConfig) -> Iterator[tuple[str, str]]:
-    """Yield (reason, detail) for each objection to a sample whose prompt could be rendered."""
+    """Yield (reason, detail) for each defect of a rendered sample: too many tokens, or control tokens in its text."""
     sample, room = prepared.sample, config.max_response_tokens
     if layout.context and (tokens := prepared.tokens_if_over(layout.context - room)):
         yield (

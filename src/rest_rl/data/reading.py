@@ -45,7 +45,7 @@ def load_json(text: str, parse_constant: Callable[[str], Any] | None = None) -> 
     return value
 
 
-# Goes down level by level instead of recursing, because the depth is the very thing that is in doubt.
+# Goes down level by level instead of recursing, because a deep value would exceed Python's recursion limit.
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
@@ -94,7 +94,7 @@ def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:
 
 
 class RowError(NamedTuple):
-    """Why a row cannot be read: a key of `rest_rl.data.reasons.REASONS` and a detail; `raw` is the start of the row."""
+    """An unreadable row: the reason (a key of `rest_rl.data.reasons.REASONS`), a detail, and the start of the row."""
 
     reason: str
     detail: str
@@ -108,7 +108,7 @@ class Row(NamedTuple):
     number: int
     value: Mapping[str, Any] | RowError
     is_columnar: bool = False
-    """Whether the row comes from Arrow, which pads objects with nulls to the same keys."""
+    """Whether the row comes from Arrow, which gives all objects the same keys and fills missing ones with null."""
 
 
 class RowReader:
@@ -207,7 +207,7 @@ def _read_text_rows(file: IO[bytes], path: Path) -> Iterator[Mapping[str, Any] |
     text: IO[bytes] = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file  # type: ignore[assignment]
     try:
         head = text.read(4)
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):  # or UTF-32's other one
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):  # or UTF-32-LE
             yield RowError("encoding", "the file is in UTF-16 or UTF-32, expected UTF-8")
             return
         text.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
@@ -217,7 +217,7 @@ def _read_text_rows(file: IO[bytes], path: Path) -> Iterator[Mapping[str, Any] |
 
 
 def _read_jsonl(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
-    # Blank lines count but are skipped. A line over the limit is discarded piece by piece, never held as a whole.
+    # Blank lines are skipped but count in row numbers. A line over the limit is read and discarded in pieces.
     while line := file.readline(MAX_ROW_BYTES + 1):
         if len(line) > MAX_ROW_BYTES:
             head, size = line[:200].decode(errors="replace"), len(line)
@@ -266,8 +266,8 @@ def _refuse_constant(name: str) -> NoReturn:
 def _read_json_array(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
     # Streams the elements of an array, or of consecutive objects, with the standard decoder. The buffer `text[at:]`
     # starts at an element; `raw_decode` finds its end, and if it fails near the end of the buffer, more is read and the
-    # scan repeats. The buffer doubles, so each element is scanned O(log size) times. Without its end, a broken or
-    # overlong element hides where the next one starts, so it ends the file. (ijson 3 needs unbounded memory for deeply
+    # scan repeats. The buffer doubles, so each element is scanned O(log size) times. A broken or overlong element has
+    # no known end, so the next one cannot be found, and reading stops. (ijson 3 needs unbounded memory for deeply
     # nested elements and replaces lone surrogates by question marks.)
     scan = json.JSONDecoder().raw_decode
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")

@@ -128,11 +128,11 @@ REASONS: dict[str, Reason] = {
 }
 
 ALLOWABLE_REASONS = tuple(REASONS)[tuple(REASONS).index("unknown_tool") :]
-"""Reasons about a sample that could be read, from `unknown_tool` on; `--allow` turns them into notes."""
+"""Reasons that concern a readable sample (`unknown_tool` and all after it in REASONS); `--allow` makes them notes."""
 
 
 class RowFinding(NamedTuple):
-    """One thing found in a row; `sample` is the id of the affected sample, or None if it is about the whole row."""
+    """A finding in a row; `sample` is the id of the affected sample, or None if the finding concerns the whole row."""
 
     reason: str
     detail: str
@@ -141,7 +141,7 @@ class RowFinding(NamedTuple):
 
 
 def make_finding(reason: str, detail: str, sample: str | None = None, allow: Iterable[str] = ()) -> RowFinding:
-    """Return a finding. Its severity is that of its reason, or `noted` if `allow` contains the reason."""
+    """Return a finding with the severity that REASONS has for the reason, or `noted` if `allow` contains the reason."""
     severity: Severity = "noted" if reason in allow else REASONS[reason].severity
     shown = " ".join(detail.split())[:400].encode(errors="replace").decode()  # lone surrogates cannot be printed
     return RowFinding(reason, shown, severity, sample)
@@ -160,7 +160,7 @@ class RowRejectedError(UserError):
 
 @dataclass
 class RowContext:
-    """The context of a row, passed to its row shape, which also reports its findings here."""
+    """The id and settings of a row, which a row shape receives with the row; the shape reports findings here."""
 
     id: str
     """Id of the row's sample, or the prefix of the ids of its samples."""

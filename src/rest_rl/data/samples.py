@@ -48,10 +48,10 @@ class ToolSample:
         tools: The offered tools as JSON schemas.
         gold: The expected calls, or the expected answer.
         thought: The reasoning in the demonstration, if any.
-        kind: The kind of task; result tables group by it.
+        kind: The kind of task, such as `single` or `parallel`; result tables group responses by kind.
         tools_in_prompt: Whether the messages already describe the tools. `tools` are then used for checks only, and
             not passed to the chat template.
-        preamble: The text before the calls. It is not an answer, because the turn waits for results.
+        preamble: The text next to the calls. It does not count as an answer, because the turn waits for results.
     """
 
     id: str
@@ -76,11 +76,11 @@ def decompose(dialogue: Dialogue) -> list[ToolSample]:
     """Split a dialogue into one sample per assistant turn, each with the full history before it.
 
     Text next to tool calls becomes the preamble of the turn and not its answer, because the turn waits for results.
-    Histories contain what was said but no reasoning (`reasoning_content` or a leading `<think>` block), as with Qwen3's
+    Histories contain all messages but no reasoning (`reasoning_content` or a leading `<think>` block), as with Qwen3's
     chat template. A dialogue without assistant turns gives no sample.
 
     Raises:
-        UserError: A message cannot be read, or there is none.
+        UserError: A message cannot be read, or the dialogue is empty.
     """
     if not dialogue.messages:
         raise UserError(f"dialogue {dialogue.id!r} has no messages", "at least a user message", "remove the row")
@@ -263,10 +263,10 @@ def compute_digest(value: Any) -> int:
 
 
 def compute_leak_digest(sample: ToolSample) -> int:
-    """Return a digest of a prompt that is equal in other copies of the same data set.
+    """Return a digest of a sample's prompt that is the same in all copies of a data set.
 
-    It covers roles, texts without white space, calls, and tool names. System messages, ids and schemas are left out,
-    because copies of a data set format them differently.
+    The digest covers roles, texts without white space, calls, and tool names, but no system messages, ids or schemas,
+    because copies of a data set format these differently.
     """
     said = [
         [

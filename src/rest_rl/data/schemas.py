@@ -100,8 +100,8 @@ def _parameters(value: Any, where: str, required: Any) -> dict[str, Any]:
 def argument_table(arguments: Mapping[str, Any], where: str, *, required: bool = True) -> dict[str, Any]:
     """Convert a table {name: {"type": "str, optional", "description", "default"?}} to a schema.
 
-    With `required`, arguments count as required if they are neither optional nor have a default. ToolRL (a default for
-    every argument) and API-Bank (none at all) do not say which arguments are required.
+    With `required`, every argument that is not optional and has no default is required. ToolRL (where every argument
+    has a default) and API-Bank (where none has one) do not say which arguments are required: pass False for them.
     """
     properties: dict[str, Any] = {}
     needed: list[str] = []

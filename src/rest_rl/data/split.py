@@ -1,4 +1,4 @@
-"""Split one file into train and test; the samples of one dialogue, and equal prompts, stay on one side.
+"""Split one file into train and test; samples of one dialogue, or with equal prompts, go to the same side.
 
 The file is read twice: the first pass assigns every sample to a group, the second writes. Groups go to the test side in
 the order of their salted digests until the share is reached. Therefore the same seed gives the same split, whatever the
@@ -61,10 +61,10 @@ class Split:
 
 
 def _opening_of(row: CheckedRow, sample: ToolSample) -> tuple[int | None, int]:
-    # (digest of the first user message, digest of what comes before any user message). All turns of a dialogue and all
-    # equal prompts share the first user message. If the assistant speaks first, the turns before that message are
-    # identified by their dialogue: by the row, or in a file of samples by the id up to its last `/` and the messages
-    # before the first assistant turn. The second digest is 0 if the user speaks first.
+    # (digest of the first user message or None, digest of the dialogue's start). All turns of a dialogue and all equal
+    # prompts share the first user message. If the assistant speaks first, the turns before that message are identified
+    # by their dialogue: by the row, or in a file of samples by the id up to its last `/` and the messages before the
+    # first assistant turn. The second digest covers this identity; it is 0 if the user speaks first.
     roles = [message["role"] for message in sample.messages]
     asked = roles.index("user") if "user" in roles else None
     spoke = roles.index("assistant") if "assistant" in roles else len(roles)

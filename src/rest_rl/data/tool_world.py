@@ -69,12 +69,12 @@ KEY_PARTS = tuple(c + v for c in "pzfljhwc" for v in "aeio")
 _NOUNS = tuple(YIELDS)
 # Every fifth combination is held out.
 _FIFTH = 5
-# Kinds of nine dialogues, which give ten samples; each cycle is shuffled, so the share of refusals is exact.
+# The kinds of nine dialogues, which give ten samples. Each cycle is shuffled, so the share of each kind is exact.
 _CYCLE = ("single",) * 4 + ("parallel",) * 2 + ("none",) * 2 + ("dependent",)
 
 
 class WorldTool(NamedTuple):
-    """A tool template with its masked names: `keys[i]` is the argument name of `slots[i]`."""
+    """A tool template (verb, noun, slots) with its random names; the argument `keys[i]` takes a value of `slots[i]`."""
 
     verb: str
     noun: str
@@ -84,7 +84,7 @@ class WorldTool(NamedTuple):
 
     @property
     def description(self) -> str:
-        """What the tool does, in the words of a request for it."""
+        """What the tool does, in the words with which a user's request begins."""
         return f"{self.verb} {self.noun}"
 
     def schema(self) -> dict[str, Any]:
@@ -124,15 +124,15 @@ def tool_world(
     kinds: Sequence[str] | None = None,
     decision: Decision = "reasoning",
 ) -> list[ToolSample]:
-    """Return the first `n` samples of the endless sequence of a seed and split; a smaller `n` gives a prefix.
+    """Return the first `n` samples of the endless sequence that the seed and the split determine.
 
     Args:
         seed: The seed of the sequence.
         n: The number of samples.
         split: The split.
         num_tools: The number of tools in each prompt, at least 2.
-        kinds: Keep only dialogues of these kinds. Among all samples, 40 % are single, and parallel, dependent (both
-            turns) and none are 20 % each.
+        kinds: Keep only dialogues of these kinds; None keeps all. Of all samples, 40 % are `single`, and `parallel`,
+            `dependent` (both turns together) and `none` are 20 % each.
         decision: Where the model decides what to call.
     """
     samples: list[ToolSample] = []
@@ -153,7 +153,7 @@ def dialogues(
     kinds: Sequence[str] | None = None,
     decision: Decision = "reasoning",
 ) -> Iterator[Dialogue]:
-    """Yield the endless sequence of dialogues of a seed and split; the arguments are those of `tool_world`."""
+    """Yield the endless sequence of dialogues of a seed and split; the arguments are the same as in `tool_world`."""
     for what, given, known in (("split", split, SPLITS), ("decision", decision, get_args(Decision))):
         if given not in known:
             raise UserError(f"{what} is {given!r}", f"one of {', '.join(known)}")

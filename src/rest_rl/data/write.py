@@ -18,7 +18,7 @@ Write = Callable[[Mapping[str, Any]], None]
 
 
 def rejected_path(out: Path) -> Path:
-    """Return the path, next to `out`, for the rows that give no sample or lose a turn."""
+    """Return the path of the file, next to `out`, for rows that give no sample or lose a turn."""
     return out.with_name(f"{out.name}.rejected.jsonl")
 
 
@@ -43,7 +43,7 @@ def sample_writer(out: Path) -> Iterator[Callable[[ToolSample], None]]:
 def rejected_writer(out: Path) -> Iterator[Callable[[CheckedRow], None]]:
     """Write the rows that lose samples next to `out`, each with its number, the reasons and the row as read.
 
-    If there are none, no file remains.
+    If no row loses samples, no file remains.
     """
 
     def write_lost(row: CheckedRow) -> None:

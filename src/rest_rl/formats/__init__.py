@@ -48,7 +48,7 @@ FORMATS: dict[str, ToolFormat] = {tool_format.name: tool_format for tool_format 
 
 
 def get_format(tool_format: str | ToolFormat) -> ToolFormat:
-    """Return the format of a name, or validate and return a format object.
+    """Return the format with this name, or validate and return a format object.
 
     `NAME+think` is the format for prompts that end with the opening think tag; `package.module:OBJECT` imports your own
     object. An unknown name or an object that is not a valid format is a UserError.
@@ -72,7 +72,7 @@ def get_format(tool_format: str | ToolFormat) -> ToolFormat:
 def demonstration_format(tool_format: ToolFormat) -> ToolFormat:
     """Return the variant of a format for training on demonstrations: text exactly as the models write it.
 
-    Only qwen3_coder differs. Its `render` quotes strings that would otherwise be parsed as numbers; its models do not.
+    Only qwen3_coder differs. Its `render` quotes strings that would otherwise be parsed as numbers; Qwen models do not.
     """
     if isinstance(tool_format, OpenedThinkFormat):
         return OpenedThinkFormat(demonstration_format(tool_format.inner))

@@ -6,13 +6,13 @@ import re
 
 _TOOLS = re.compile(r"\btools\b")
 
-# Marks of formats that we do not support; some of them share a tag with one that we do.
+# Marks of formats that we do not support; some of these share a tag with a supported format.
 _OTHER_FORMATS = re.compile(
     r"""<arg_key>|<tool_calls>|<function_calls>|<\|tool_call|tool▁call|<\|channel\|>|\A(?!.*<parameter=).*<function=""",
     re.DOTALL,
 )
 
-# Marks of our formats. The first match wins, so a format must precede those whose marks are a part of its own.
+# Marks of our formats. The first match wins, so a format must precede all formats whose marks its own marks contain.
 _MARKS = (
     ("qwen3_coder", r"<tool_call>.*<function=.*<parameter="),
     ("hermes", r'<tool_call>.*\\?"arguments\\?"\s*:'),

@@ -10,14 +10,14 @@ from rest_rl.formats import FORMATS, OpenedThinkFormat, ToolFormat, get_format
 from rest_rl.formats.opened_think import OPENING_TAGS
 
 AUTO = "auto"
-# Number of responses to parse, the first ones.
+# Only the first responses are parsed, at most this many.
 MAX_RESPONSES = 200
-# Characters of each response to parse.
+# Only the first characters of each response are parsed, at most this many.
 MAX_CHARACTERS = 10_000
 
 
 class FormatReading(NamedTuple):
-    """How many responses a format can parse; formats are compared by these numbers in order."""
+    """How many responses a format can parse. Formats are compared by the first number, then by the next ones."""
 
     calls: int
     """Responses with calls, all of which are readable."""

@@ -16,7 +16,7 @@ from rest_rl.response import ParsedResponse, Region, ToolCall
 class HermesFormat:
     """Hermes and Qwen: each call is a `<tool_call>` block with a JSON object with `name` and `arguments`.
 
-    The answer is plain text, also next to calls. A think block is optional and comes first.
+    The answer is plain text and may appear next to calls. A think block is optional and comes first.
     """
 
     name: str = "hermes"

@@ -44,8 +44,8 @@ class OpenedThinkFormat:
         return next(tag for tag in self.inner.tags if tag in OPENING_TAGS)
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        # We prepend the tag and shift everything back by its length: spans, of which the tag's own disappears, and the
-        # positions inside the messages of `problems`, which are text by then.
+        # We prepend the tag and shift all positions back by its length: those of the spans (the tag's own span
+        # disappears) and those in the messages of `problems`, which are already text.
         shift = len(self.opening)
         parsed = self.inner.parse(self.opening + text, spans=spans)
         moved = (Span(max(0, span.start - shift), span.end - shift, span.region) for span in parsed.spans)

@@ -9,7 +9,7 @@ from rest_rl.response import ParsedResponse, ToolCall
 
 
 class ToolFormat(Protocol):
-    """How a model writes its reasoning, tool calls and answer; docs/training.md has an example of your own.
+    """How a model writes its reasoning, tool calls and answer; docs/training.md shows how to write your own.
 
     You can pass an object wherever a format is accepted. Run files, commands and checkpoints refer to it as
     `package.module:OBJECT`, so for training it must be an attribute of a module.
@@ -26,7 +26,7 @@ class ToolFormat(Protocol):
         ...
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Parse a response; never raises. `spans=False` leaves out the spans, which is faster and suffices to score."""
+        """Parse a response; never raises. `spans=False` leaves out the spans: faster, and enough for scoring."""
         ...
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:

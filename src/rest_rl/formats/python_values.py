@@ -45,13 +45,13 @@ _ESCAPED = {
 
 
 class NotLiteralError(ValueError):
-    """The text is not a literal; the message says what was expected where."""
+    """The text is not a literal; the message says what was expected, and where."""
 
 
 def read_arguments(text: str, start: int) -> tuple[dict[str, Any], int]:
     """Return the keyword arguments in the parentheses that open at `start`, and the position after them.
 
-    `**{...}` adds the entries of a dict. Positional arguments and expressions are a NotLiteralError.
+    `**{...}` adds the entries of a dict. Positional arguments and expressions raise NotLiteralError.
     """
     # A recursive-descent parser without look-ahead: each function reads one construct at `at` and returns it with the
     # position after it. Each character is read once, and the depth is bounded before Python's own recursion limit.

@@ -47,7 +47,7 @@ class ResponseBuilder:
     """Added to all positions, while the parser reads a part of the response that starts there."""
 
     def mark(self, start: int, end: int, region: Region) -> None:
-        """Add a span, merged with the previous one if they touch and have the same region; OTHER stays a gap."""
+        """Add a span, merged with the previous span if both touch and have the same region; OTHER gets no span."""
         if start >= end or region is Region.OTHER or not self.wants_spans:
             return
         start, end = start + self.offset, end + self.offset
@@ -68,13 +68,13 @@ class ResponseBuilder:
         self.add_problem(f"call at character {start + self.offset}: {error}")
 
     def add_tag_problems(self, strays: Sequence[Tag], nested: Sequence[Tag]) -> None:
-        """Add a problem for each tag outside and inside blocks."""
+        """Add a problem for each stray tag (outside all blocks) and each nested tag (inside a block)."""
         for word, tags in (("unmatched", strays), ("inside a block:", nested)):
             for tag in tags[:MAX_PROBLEMS]:
                 self.add_problem(f"{word} {tag.text} at character {tag.position}")
 
     def mark_parts(self, start: int, end: int, parts: Sequence[Span], rest: Region) -> None:
-        """Mark the parts, which are in order between `start` and `end`, and the rest of that range as `rest`."""
+        """Mark the `parts`, given in text order, and mark all other text between `start` and `end` as `rest`."""
         at = start
         for part in parts if self.wants_spans else ():
             self.mark(at, part.start, rest)
@@ -84,7 +84,7 @@ class ResponseBuilder:
 
 
 def find_blocks(text: str, pattern: re.Pattern[str]) -> tuple[list[Block], list[Tag], list[Tag]]:
-    """Return the complete blocks, the unmatched tags outside of them, and the tags inside of them."""
+    """Return the complete blocks, the unmatched tags outside of all blocks, and the tags inside of blocks."""
     # One pass over the tags. An opening tag only opens a block if its closing tag occurs later; otherwise everything
     # after an unclosed tag would be inside a block. The last occurrence of each closing tag is searched once and
     # remembered, so the time stays linear even for a response of nothing but opening tags.

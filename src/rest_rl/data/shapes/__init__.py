@@ -6,10 +6,10 @@ A shape is an object (the built-in ones are modules) with three parts:
 * `matches(row) -> bool`: whether a row has this shape, judged by its keys;
 * `read(row, context) -> dialogues or samples`. A `Dialogue` becomes one sample per assistant turn. Report anything odd
   with `context.note(reason, detail)`, and raise `RowRejectedError(reason, detail)` if the row gives no sample.
-  `context.id` is the id for its sample; `context.keep_prompts` means that published prompts stay as they are.
+  `context.id` is the id for the row's sample; `context.keep_prompts` means that published prompts stay as they are.
 
-`SHAPES` is the table of all built-in shapes. Pass your own as `package.module:OBJECT` wherever a source is expected: it
-reads the rows that it matches, and all others are read as under `auto`.
+`SHAPES` is the table of all built-in shapes. Pass your own as `package.module:OBJECT` wherever a source is expected.
+Your shape then reads the rows that match it, and the built-in shapes read all others.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ _ALL: tuple[RowShape, ...] = (own, toolace, chat, xlam, api_bank, api_bank_train
 SHAPES: dict[str, RowShape] = {shape.name: shape for shape in _ALL}
 """The built-in shapes by name; the first one that matches a row reads it."""
 BENCHMARKS = (api_bank.name,)
-"""Shapes of benchmarks: their defects are reported but never repaired, because published results include them."""
+"""Shapes of benchmarks. Their rows' defects are reported, never repaired: published results include these defects."""
 
 
 def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
     """Return the shapes to try for each row, in order.
 
     Args:
-        source: `auto`, a name in SHAPES, `package.module:OBJECT`, or an object. A built-in shape is then the only one;
-            your own shape comes before all built-in ones.
+        source: `auto`, a name in SHAPES, `package.module:OBJECT`, or an object. A built-in shape is the only one tried;
+            your own shape is tried before all built-in ones.
 
     Raises:
         UserError: There is no such shape, or the object is not a shape.
@@ -80,5 +80,5 @@ def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
 
 
 def find_shape(row: Mapping[str, Any], shapes: tuple[RowShape, ...]) -> RowShape | None:
-    """Return the first shape that matches a row; a single shape is taken without a check."""
+    """Return the first shape that matches a row; if `shapes` has only one, it is returned without a check."""
     return shapes[0] if len(shapes) == 1 else next((shape for shape in shapes if shape.matches(row)), None)

@@ -12,7 +12,7 @@ from rest_rl.response import ParsedResponse, ToolCall
 
 # Tags around calls written as objects: Hermes and Qwen, Glaive, Llama 3.
 _OBJECT_TAGS = (("<tool_call>", "</tool_call>"), ("<functioncall>", "</functioncall>"), ("<|python_tag|>", None))
-# Text that can only start a call; a tag in quotes is only mentioned.
+# Text that can only start a call. A tag in quotes does not match, because the text only mentions it.
 _MARKED = re.compile(
     r"""(?<![`'"])(?:<tool_call>\s*(?:[\[{<]|\Z)|<functioncall>|<\|python_(?:tag|start)\|>|<function=[^<>\s]+>"""
     r"""|\[TOOL_CALLS\]\s*(?:[\[{]|[\w.-]{1,200}\s*(?:\[|\{)))"""

@@ -109,7 +109,7 @@ def _read_call(call: Any, context: RowContext) -> Any:
 
 
 def _identity(raw: Mapping[str, Any], key: str) -> dict[str, str]:
-    # Ids become text, because some data sets write a number on one side and its text on the other.
+    # Ids become text, because some data sets write an id as a number in the call and as text in the result.
     value = raw.get(key)
     return {key: str(value)} if isinstance(value, str | int) and not isinstance(value, bool) else {}
 
@@ -170,8 +170,8 @@ def _cut_tool_text(
 def split_tool_text(system: str) -> tuple[str, list[Any] | None]:
     """Split a system text into the text without the description of tools, and the tools that it lists.
 
-    Only known descriptions are removed: they begin like those of Hermes or Qwen and end with the last `</tools>` or
-    `</tool_call>`.
+    Only descriptions in a known wording are removed. They begin as in the prompts of Hermes or Qwen, and end with the
+    last `</tools>` or `</tool_call>`.
     """
     opening = _TOOL_TEXT_BEGINS.search(system)
     if opening is None or "</tools>" not in system[opening.start() :]:

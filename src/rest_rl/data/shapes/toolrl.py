@@ -67,7 +67,7 @@ def text_of(row: Any, key: str) -> str:
 def flattened_sample(
     context: RowContext, system: str, user: str, gold: Gold, thought: str | None = None, kind: str = ""
 ) -> ToolSample:
-    """Build the sample of a published system and user text and its gold."""
+    """Build a sample from a published system text, user text and gold turn."""
     tools, kind = parse_tools(system), kind or kind_of(gold)
     if context.keep_prompts:
         messages = ({"role": "system", "content": system}, {"role": "user", "content": user})
@@ -76,7 +76,7 @@ def flattened_sample(
 
 
 def kind_of(gold: Gold) -> str:
-    """Return `answer` for no call, `single` for one, `parallel` for several."""
+    """Return the kind of task: `answer` for no call, `single` for one, `parallel` for several."""
     return ("answer", "single", "parallel")[min(len(gold.calls), 2)]
 
 
