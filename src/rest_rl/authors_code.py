@@ -29,7 +29,7 @@ def authors_step(progress: float) -> float:
 
 
 def authors_reward(response: str, gold: Gold, step: float) -> tuple[float, float]:
-    """Return (format score, correctness score) at training step `step` (0 to 150); the reward is their sum."""
+    """Return (format score, correctness score) at training step `step` (not progress); the reward is their sum."""
     text = response.rsplit("<|im_start|>assistant", maxsplit=1)[-1].split("<|im_end|>", maxsplit=1)[0].strip()
     return _format_score(text, gold, step), _correctness_score(text, gold, step)
 

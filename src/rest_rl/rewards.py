@@ -210,7 +210,7 @@ def judge_parsed(parsed: ParsedResponse, gold: Gold, text: str = "", *, truncate
 
 
 def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
-    """Apply a reward rule; if the rule returns a plain number, add the scores of the judgement to it."""
+    """Apply a reward rule; if the rule returns a plain number, take the other fields from the judgement."""
     found = rule(judgement, progress, step)
     total = found.total if isinstance(found, Reward) else found
     try:

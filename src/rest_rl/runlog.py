@@ -146,7 +146,7 @@ class RunLog:
     def resume(cls, folder: str | Path, step: int, *, is_last: bool = False, enabled: bool = True) -> RunLog:
         """Reopen a run folder at a checkpoint, and remove later rows and an incomplete last line.
 
-        Unless `is_last` (the run ends at this checkpoint), the summary keeps only the entries from before training.
+        Unless `is_last` (the checkpoint is the run's last one), the summary keeps only what precedes training.
         """
         log = cls(folder, enabled=enabled)
         if not (log.folder / CONFIG).is_file():

@@ -228,7 +228,7 @@ def check_rows(
 def collect_prompt_digests(path: str, config: CheckConfig | None = None) -> set[int]:
     """Return the digests of all prompts of a test file."""
     config = config or CheckConfig()
-    # Training data can also leak into a defective test row, so no row is rejected here. Repairs stay on: they change
+    # A defective test row can also occur in the training data, so no row is rejected here. Repairs stay on: they change
     # histories, and the training prompts that are compared with these prompts are repaired too.
     allow = tuple(
         reason for reason in ALLOWABLE_REASONS if reason in config.allow or REASONS[reason].severity != "repaired"
@@ -298,7 +298,7 @@ class _RowChecker:
 
     def _among_others(self, sample: ToolSample) -> Iterator[tuple[str, str]]:
         # Each sample adds two digests to one set: that of its prompt, and that of prompt and gold together. The two
-        # kinds can share the set, because a prompt digest equals a whole one only if two 64-bit hashes collide.
+        # kinds can share the set, because digests of different kinds are equal only if two 64-bit hashes collide.
         prompt = compute_digest([sample.messages, sample.tools])
         gold = [[(call.name, call.arguments) for call in sample.gold.calls], sample.gold.answer]
         whole = compute_digest([prompt, gold])

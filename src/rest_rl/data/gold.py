@@ -44,7 +44,7 @@ Problems = Iterator[tuple[str, str]]
 def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tuple[ToolSample, list[RowFinding]]:
     """Check the gold calls against the schemas of the tools; return the repaired sample and the findings.
 
-    Text such as "3" is replaced by the integer that the schema wants. Defects with a reason in `allow` are only noted.
+    Text that spells a value of the type in the schema becomes that value. Findings with reasons in `allow` are notes.
     """
     # Two tools with one name are a problem only if they differ. If the gold calls neither, this is only noted.
     functions = [tool.get("function", tool) for tool in sample.tools]
@@ -85,8 +85,8 @@ def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tupl
 def repair_history(sample: ToolSample, repaired: Mapping[int, Gold]) -> ToolSample:
     """Return the sample with earlier turns of its history replaced by their repaired gold turns.
 
-    Each earlier turn is also the gold turn of an earlier sample, where its calls may have been repaired. The history
-    must show the repaired calls, too. `repaired` maps the positions of turns to their gold.
+    An earlier turn may also be the gold turn of another sample, in which its calls were repaired. The history must
+    then show the repaired calls, too. `repaired` maps the positions of turns to their gold.
     """
     messages = list(sample.messages)
     for at, gold in repaired.items():

@@ -204,7 +204,7 @@ def _render_assistant(message: Mapping[str, Any], tool_format: ToolFormat) -> st
 
 
 def _move_system_into_user(messages: Messages) -> Messages:
-    # Moves all system messages into the user message that follows, or makes them a user message if none follows.
+    # Moves all system messages into the first other message if that is the user's, else into a new user message.
     said = [message["content"] for message in messages if message["role"] == "system"]
     others = [message for message in messages if message["role"] != "system"]
     if not said:

@@ -45,7 +45,7 @@ def load_json(text: str, parse_constant: Callable[[str], Any] | None = None) -> 
     return value
 
 
-# Goes down level by level instead of recursing, because a deep value would exceed Python's recursion limit.
+# Goes down level by level instead of recursing, because a deep value could exceed Python's recursion limit.
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH + 1):

@@ -8,7 +8,7 @@ Kinds:
     result of the first. `none`: no tool fits, and the turn should answer.
 Decisions (where the model decides what to call):
     `reasoning`: the reasoning spells out the tools, keys and values that the calls repeat. `call`: the reasoning is
-    random filler. Names are then those of the template, because a small model needs the reasoning for masked names.
+    random filler. Names then come from the template, because a small model needs reasoning to find random names.
 Splits:
     `train`. `unseen_tools`: templates and tool names that `train` never uses. `unseen_values`: argument values that
     `train` never uses. Each held-out split differs from `train` only in this respect.
@@ -74,7 +74,7 @@ _CYCLE = ("single",) * 4 + ("parallel",) * 2 + ("none",) * 2 + ("dependent",)
 
 
 class WorldTool(NamedTuple):
-    """A tool template (verb, noun, slots) with its random names; the argument `keys[i]` takes a value of `slots[i]`."""
+    """A tool template (verb, noun, slots) and its names; the argument `keys[i]` takes a value of `slots[i]`."""
 
     verb: str
     noun: str

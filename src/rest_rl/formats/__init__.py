@@ -72,7 +72,7 @@ def get_format(tool_format: str | ToolFormat) -> ToolFormat:
 def demonstration_format(tool_format: ToolFormat) -> ToolFormat:
     """Return the variant of a format for training on demonstrations: text exactly as the models write it.
 
-    Only qwen3_coder differs. Its `render` quotes strings that would otherwise be parsed as numbers; Qwen models do not.
+    Only qwen3_coder differs. Its `render` quotes strings that would otherwise be parsed as numbers; the models do not.
     """
     if isinstance(tool_format, OpenedThinkFormat):
         return OpenedThinkFormat(demonstration_format(tool_format.inner))
