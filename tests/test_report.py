@@ -118,7 +118,7 @@ def test_cells_cannot_break_a_table() -> None:
 
 @pytest.mark.parametrize("make", [lambda path: path, lambda path: RunLog.create(path, "", []).folder])
 def test_folders_without_a_run_are_named(tmp_path: Path, make) -> None:
-    with pytest.raises(ValueError, match=r"contains no config\.toml|does not exist|no step is finished in"):
+    with pytest.raises(ValueError, match=r"contains no config\.toml|does not exist|no training step is finished in"):
         write_report([make(tmp_path)])
 
 

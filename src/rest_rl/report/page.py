@@ -40,7 +40,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     runs = [read_run(folder) for folder in folders]
     empty = [str(run.folder) for run in runs if not last_finished_step(run)]
     if empty:
-        raise UserError(f"no step is finished in {', '.join(empty)}", remedy="continue the training, or leave it out")
+        raise UserError(f"no training step is finished in {', '.join(empty)}", remedy="resume the run, or leave it out")
     target = Path(out) if out else runs[0].folder if len(runs) == 1 else Path("report")
     groups = group_runs(runs)
     try:

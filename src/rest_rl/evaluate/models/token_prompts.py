@@ -82,7 +82,7 @@ def check_positive(**sizes: int | None) -> None:
     """Raise UserError for a size below 1; None is allowed."""
     for name, size in sizes.items():
         if size is not None and size < 1:
-            raise UserError(f"the {name.replace('_', ' ')} is {size}", "at least 1", "raise it")
+            raise UserError(f"{name} is {size}", "at least 1", "raise it")
 
 
 def build_completion_body(prompt: TokenPrompt, layout: PromptLayout) -> dict[str, Any]:
