@@ -1,4 +1,4 @@
-"""`python -m rest_rl` is the command `rest-rl`."""
+"""Makes `python -m rest_rl` the same as the command `rest-rl`."""
 
 from __future__ import annotations
 

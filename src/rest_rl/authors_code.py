@@ -1,4 +1,4 @@
-"""Reproduces the rewards and token weights of the authors' published code exactly, including its gaps.
+"""Reproduces the rewards and token weights of the ResT authors' published code exactly, including its gaps.
 
 Source: https://github.com/1229095296/ResT_Tool_use_LLM at d6c29b5, `verl/utils/reward_score/rlla.py` with
 SCHEDULEREWARD=1 and `recipe/custom/token_weighting.py`. docs/method.md lists the gaps. The only deviation: if a span
@@ -23,7 +23,7 @@ SCHEDULE_STEPS = 150
 
 
 def authors_step(progress: float) -> float:
-    """Convert a progress in [0, 1] to a step of the published 150-step schedule; exact for progress = step / 150."""
+    """Convert progress in [0, 1] to a step of the published schedule of 150 steps; exact for progress = step / 150."""
     check_progress(progress)
     return round(progress * SCHEDULE_STEPS, 9)
 
@@ -108,10 +108,10 @@ LOWEST_WEIGHT, HIGHEST_WEIGHT = 0.001, 8.0
 
 
 def authors_weights(pieces: Sequence[bytes], step: float, *, trim_spaces: bool = False) -> np.ndarray:
-    """Return the raw weight of every token of a response: float32 (T,), 0 where the published code assigns none.
+    """Return each token's weight before normalization, 0 where the published code assigns none. Shape (T,), float32.
 
     Args:
-        pieces: The bytes of each token.
+        pieces: The bytes of each of the T tokens of a response.
         step: Absolute training step.
         trim_spaces: Whether the tokenizer's offsets exclude the spaces around a token.
     """
@@ -183,7 +183,7 @@ def _character_offsets(text: str, pieces: Sequence[bytes], trim_spaces: bool) ->
 
 
 def authors_normalize(weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Clip the positive weights of unmasked tokens and divide them by their mean; others become 0: float32 (T,)."""
+    """Clip the positive weights of unmasked tokens and divide them by their mean; set all other weights to 0."""
     import torch  # NumPy's float32 mean differs in the last bits; the rewards above must not need torch
 
     raw = torch.from_numpy(weights)

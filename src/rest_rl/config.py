@@ -140,7 +140,7 @@ class DataTable(Table):
 
 @dataclass(frozen=True)
 class EvalTable(Table):
-    """`[eval]`: evaluation before, during and after training, greedy and sampled at temperature 1."""
+    """`[eval]`: evaluation before, during and after training, with greedy responses and responses at temperature 1."""
 
     prompts: NonNegativeInt = 256
     """Held-out prompts per split; 0 turns evaluation off."""
@@ -198,11 +198,11 @@ class RestTable(Table):
         return self.preset in SUPERVISED
 
     def loss_weights(self) -> dict[str, float]:
-        """Return the supervised preset's loss weights by region, with this table's overrides."""
+        """Return the loss weight of each region in a supervised preset, with this table's overrides applied."""
         return {**SUPERVISED[self.preset], **self.region_weights}
 
     def resolve(self) -> Preset:
-        """Return the preset with this table's overrides; UserError for a wrong key or value."""
+        """Return the preset with this table's overrides applied; UserError for an unknown key or an invalid value."""
         if self.is_supervised:
             problem = f"preset {self.preset!r} is supervised and has no reward or advantages"
             raise UserError(problem, "a reinforcement-learning preset", f"use rest-rl train --preset {self.preset}")
@@ -253,23 +253,23 @@ class RunConfig:
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
-        """Build the configuration from Python tables, as `from_toml` does from text."""
+        """Build the configuration from Python mappings, as `from_toml` does from text."""
         return from_mapping(cls, apply_overrides(rename_keys(tables), overrides), "")
 
     @property
     def max_response_tokens(self) -> int:
-        """Maximum response length in training; the trainer's default of 512 if `[trl]` does not set it."""
+        """Maximum number of response tokens in training: the value in `[trl]`, or 512 if it sets none."""
         return int(self.trl.get("max_completion_length", self.trl.get("max_length")) or 512)
 
     def with_response_limit(self, context: int | None) -> RunConfig:
-        """Replace a `trl.max_completion_length` of 0 by a default for this context length (None: unlimited)."""
+        """If `trl.max_completion_length` is 0, return a copy with `default_response_limit(context)`."""
         if self.trl.get("max_completion_length") != 0:
             return self
         return dataclasses.replace(self, trl={**self.trl, "max_completion_length": default_response_limit(context)})
 
     @property
     def weights_dtype(self) -> str:
-        """Data type in which the model is loaded, with `auto` resolved."""
+        """Data type in which the model is loaded: `model.dtype`, or the type that `auto` selects."""
         if self.model.dtype != AUTO:
             return self.model.dtype
         return "bfloat16" if self.peft else "float32"
@@ -289,7 +289,7 @@ class RunConfig:
 
 
 def preset_to_table(preset: Preset) -> dict[str, Any]:
-    """Return a preset as plain TOML values, without its name."""
+    """Return the fields of a preset, except its name, as plain TOML values."""
     table = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)[1:]}
     return without_none({**table, "weights": rule_to_table(preset.weights), "reward": rule_to_table(preset.reward)})
 
@@ -322,8 +322,8 @@ def override_rule(own: Any, table: Mapping[str, Any], rules: Mapping[str, type],
 def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run file.
 
-    Without a path, reads one of the package's run files: the tool world's, or the one for your own model if the
-    overrides set a model or data path.
+    Without a path, reads a run file of this package: one for your own model if the overrides set a model
+    path, a data path or a supervised preset, otherwise the one for the tool world.
     """
     if path is None:
         overrides = list(overrides)
@@ -342,12 +342,12 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
 
 
 def read_asset(name: str = "tool_world.toml") -> str:
-    """Return the text of a TOML file that ships with the package, by default that of `rest-rl train`."""
+    """Return the text of a TOML file that ships with the package; by default, the run file for the tool world."""
     return resources.files("rest_rl").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def parse_toml(text: str, origin: str) -> dict[str, Any]:
-    """Parse TOML text; a syntax error is a UserError that names `origin`."""
+    """Parse TOML text; UserError for a syntax error. `origin` names the text in the message."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -413,7 +413,7 @@ def parse_toml_value(text: str, override: str) -> Any:
 
 
 def override_fields(config: T, changes: Mapping[str, Any], where: str) -> T:
-    """Return a copy of a frozen dataclass with validated changes; mappings are merged key by key."""
+    """Return a copy with validated changes, in which mappings are merged; `where` is the path in error messages."""
     merged = {name: merge(getattr(config, name, None), value) for name, value in changes.items()}
     return dataclasses.replace(cast(Any, config), **validate_fields(type(config), merged, where))
 
@@ -423,7 +423,7 @@ def merge(old: Any, new: Any) -> Any:
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build a dataclass from a table, including nested dataclasses."""
+    """Build a dataclass from a table, including nested dataclasses; `where` is the table's path in error messages."""
     return cls(**validate_fields(cls, values, where))
 
 
@@ -452,7 +452,7 @@ def unknown_key_error(path: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def validate_value(value: Any, hint: Any, path: str) -> Any:
-    """Validate a value against an annotation; an integer may become a float and a list a tuple."""
+    """Validate a value against a type annotation, and return it; an integer may become a float, a list a tuple."""
     if dataclasses.is_dataclass(hint):
         kind = cast(type, hint)
         if not isinstance(value, (kind, Mapping)):
@@ -502,12 +502,12 @@ type_adapter = cache(TypeAdapter)
 
 
 def without_none(value: Any) -> Any:
-    """Drop None entries, which TOML cannot represent; a missing key means the same."""
+    """Remove entries that are None, which TOML cannot represent; a missing key has the same meaning."""
     if isinstance(value, Mapping):
         return {str(key): without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def default_response_limit(context: int | None) -> int:
-    """Return the default response limit for a context length (None: unlimited): half of it, at most 1024."""
+    """Return the default maximum of response tokens: half the context length, at most 1024; 1024 if it is None."""
     return min(DEFAULT_RESPONSE_LIMIT, max(1, (context or 2 * DEFAULT_RESPONSE_LIMIT) // 2))

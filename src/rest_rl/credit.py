@@ -1,6 +1,6 @@
 """Group advantages of GRPO, Dr. GRPO and DAPO, and their distribution over tokens.
 
-Shapes: B = P * G responses, the G responses to a prompt next to each other; T completion tokens.
+Shapes: B = P * G responses, with the G responses to each of P prompts in adjacent rows; T completion tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ STD_EPSILON = 1e-4
 
 
 def group_advantages(rewards_B: Tensor, group_size: int, kind: AdvantageKind = "grpo") -> Tensor:
-    """Return the advantage of each response within its group: (B,).
+    """Return the advantage of each response within its group (the responses to its prompt). Shape (B,).
 
-    grpo and dapo: (R - mean) / (std + 1e-4) with the unbiased standard deviation (arXiv 2402.03300; DAPO differs in the
-    aggregation of the loss, arXiv 2503.14476). dr_grpo: R - mean (arXiv 2503.20783). Responses of a group with equal
-    rewards have advantage 0; `zero_spread_mask` finds them for engines that can resample.
+    `grpo`, `dapo`: (reward - mean) / (std + 1e-4), with the group's mean and unbiased standard deviation (arXiv
+    2402.03300; DAPO, 2503.14476, only aggregates the loss differently). `dr_grpo`: reward - mean (arXiv 2503.20783).
+    If all rewards of a group are equal, its advantages are 0; engines can find and resample it with `zero_spread_mask`.
     """
     import torch
 
@@ -37,15 +37,15 @@ def group_advantages(rewards_B: Tensor, group_size: int, kind: AdvantageKind = "
 
 
 def zero_spread_mask(rewards_B: Tensor, group_size: int) -> Tensor:
-    """Return True for responses whose group has equal rewards and therefore no gradient: bool (B,)."""
+    """Return True for responses whose group has equal rewards and therefore no gradient. Shape (B,), bool."""
     return _has_no_spread(_to_groups(rewards_B, group_size)).repeat_interleave(group_size)
 
 
 def weight_advantages(advantages_B: Tensor, weights_BT: Tensor) -> Tensor:
-    """Return the weighted advantage of each token, A_BT = A_B * w_BT (ResT's reshaped policy gradient).
+    """Return each token's weighted advantage, A_BT = A_B * w_BT (ResT's reshaped policy gradient). Shape (B, T).
 
-    Since min(r w A, clip(r) w A) = w min(r A, clip(r) A) for w >= 0, this weights each token's clipped surrogate.
-    Weights of 1 give exactly GRPO.
+    With the policy ratio r, min(r w A, clip(r) w A) = w min(r A, clip(r) A) for w >= 0. Therefore this weights each
+    token's clipped surrogate; weights of 1 give exactly GRPO.
     """
     if weights_BT.ndim != 2 or advantages_B.shape != weights_BT.shape[:1]:
         raise ValueError(

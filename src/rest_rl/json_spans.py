@@ -1,6 +1,6 @@
 """Character positions of the keys and values of a JSON object, which may be broken.
 
-Model responses are untrusted input. Nothing here raises, all scans take linear time, and decoding is stricter than
+Model responses are untrusted input. No function raises, all scans take linear time, and decoding is stricter than
 `json.loads`: it rejects `NaN` and `Infinity`, integers of over 400 digits and nesting deeper than 64 levels.
 """
 
@@ -114,7 +114,7 @@ def _is_too_deep(text: str, start: int, end: int) -> bool:
 
 
 def find_bracket_end(text: str, start: int, pattern: re.Pattern[str] = _BRACKET_OR_STRING) -> int:
-    """Return the position after the bracket that closes the one at `start`, or -1."""
+    """Return the position after the bracket that closes the bracket at `start`, or -1 if it is not closed."""
     # `pattern` matches brackets and whole strings, so that brackets in strings do not count.
     # Bracket types are not compared: `[}` counts as closed. The text is known to be broken, and the position only
     # has to be plausible.
@@ -130,7 +130,7 @@ def find_bracket_end(text: str, start: int, pattern: re.Pattern[str] = _BRACKET_
 
 
 def parse_bare_value(text: str) -> Any:
-    """Parse unquoted text as a JSON value, or return the text itself if it is not one or is a JSON string.
+    """Parse unquoted text as a JSON value, or return the text itself if it is not JSON or is a JSON string.
 
     `True`, `False` and `None` count as values, too. Surrounding white space is ignored.
     Example: `parse_bare_value(" 12") == 12` and `parse_bare_value("012") == "012"`.

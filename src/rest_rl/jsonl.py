@@ -51,7 +51,7 @@ def require_text(row: Mapping[str, Any], name: str) -> str:
 
 
 def response_texts(lines: Iterable[bytes]) -> Iterator[str]:
-    """Yield the `response` of each row in which it is a string; other lines are skipped."""
+    """Yield the string in the field `response` of each row; lines without such a string are skipped."""
     for line in lines:
         with suppress(UserError):
             if isinstance(text := parse_row(line).get("response"), str):

@@ -27,15 +27,15 @@ def clipped_surrogate(
     """Return the loss -aggregate(min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)), a scalar (ResT's objective).
 
     Args:
-        logprobs_BT: Log-probability of each sampled token under the policy.
+        logprobs_BT: Log-probability of each sampled token under the policy; the ratio r = exp(logprobs - old_logprobs).
         old_logprobs_BT: Log-probability of each sampled token under the policy that sampled it.
-        advantages_BT: Advantage of each token, weights included.
+        advantages_BT: Advantage A of each token, already multiplied by its weight.
         mask_BT: 1 for tokens in the loss.
         epsilon_low: The ratio r is clipped to at least 1 - epsilon_low.
         epsilon_high: The ratio r is clipped to at most 1 + epsilon_high.
-        aggregation: grpo averages over the tokens of a response, then over responses; dapo averages over all tokens;
-            dr_grpo divides the sum over tokens by B * max_length. A response without tokens counts as 0.
-        max_length: The constant length of dr_grpo.
+        aggregation: `grpo` averages over the tokens of a response, then over responses; `dapo` averages over all
+            tokens; `dr_grpo` divides the sum over tokens by B * max_length. A response without tokens counts as 0.
+        max_length: The constant response length in tokens by which `dr_grpo` divides.
     """
     tensors = (logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT)
     if len({tensor.shape for tensor in tensors}) != 1 or logprobs_BT.ndim != 2:
@@ -58,11 +58,11 @@ def clipped_surrogate(
 
 
 def token_entropy(logits_BTV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the entropy H_t = -sum_v p log p of the temperature-scaled distribution in nats: (B, T)."""
+    """Return the entropy H = -sum_v p_v log p_v (nats) of each token's distribution at `temperature`. Shape (B, T)."""
     log_p_BTV = torch.log_softmax(logits_BTV / temperature, dim=-1)
     return -(log_p_BTV.exp() * log_p_BTV).sum(-1)
 
 
 def collision_mass(logits_BTV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return 1 - sum_v p_v^2 = E||e_y - p||^2, the second moment that ResT's Lemma 2 bounds by 1 - exp(-H): (B, T)."""
+    """Return 1 - sum_v p_v^2 of each token's distribution p, at most 1 - exp(-H) by ResT's Lemma 2. Shape (B, T)."""
     return 1 - torch.softmax(logits_BTV / temperature, dim=-1).square().sum(-1)

@@ -1,4 +1,4 @@
-"""Loads users' objects by `package.module:OBJECT`, and lets packages such as `rest_rl.train` be called."""
+"""Loads users' objects by `package.module:OBJECT`, and makes packages such as `rest_rl.train` callable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _search_folders: list[str] = []
 
 
 def add_search_folder(folder: str | Path) -> None:
-    """Add a folder in which `load_object` looks for modules, such as that of the run file."""
+    """Add a folder in which `load_object` looks for modules, such as the folder of the run file."""
     path = str(Path(folder).resolve())
     if path not in _search_folders:
         _search_folders.append(path)
@@ -102,7 +102,7 @@ def wrap_user_errors(what: str, expected: str) -> Iterator[None]:
 
 
 class UserObject:
-    """A user's callable that remembers its address and options, so that it can be recorded and compared.
+    """A user's callable with its address and options, by which it can be recorded and compared.
 
     If the object is a class, it is instantiated with the options. Unknown attributes are looked up on the object.
 

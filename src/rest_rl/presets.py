@@ -103,7 +103,7 @@ def score_response(
     """Return the preset's reward for a response at a progress in [0, 1]; malformed text scores low and never raises.
 
     `step` is the absolute training step for `authors-code`, by default progress * 150. Set `truncated` for a
-    response that was cut off; S_format is then 0.
+    response that was cut off; its format score is then 0.
     """
     judgement = judge(text, gold, format, truncated=truncated)
     return apply_reward(get_preset(preset).reward, judgement, progress, step)
@@ -123,7 +123,7 @@ def compute_token_weights(
     collisions: Tensor | Mapping[str, float] | None = None,
     regions_BT: Tensor | None = None,
 ) -> Tensor:
-    """Return the weight of every sampled token: float32 (B, T), mean 1 over each response, 0 where masked.
+    """Return the weight of every sampled token: mean 1 over each response, 0 where masked. Shape (B, T), float32.
 
     Multiply the advantages by these weights (`rest_rl.credit.weight_advantages`); your engine's loss stays unchanged.
 
@@ -138,7 +138,7 @@ def compute_token_weights(
         step: Absolute training step instead of the progress, for `authors-code` only.
         entropies: Policy entropies in nats: one per token (B, T), the mean of each region by label (regions that are
             missing get weight 1), or `RegionStatistics`; for micro-batches, pass the statistics of the global batch.
-        collisions: 1 - sum_v p_v^2 per token or per region, for the rule `collision`.
+        collisions: 1 - sum_v p_v^2 (p: the policy) per token or per region, for the rule `collision`.
         regions_BT: Result of `tag_regions`, if you already have it.
     """
     import torch

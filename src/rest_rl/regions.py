@@ -40,8 +40,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class TokenBytes:
     """The bytes of every token id of a tokenizer.
 
-    `pieces_V[i]` are the bytes of id i. The end-of-sequence id has none, and neither has the last entry, which all
-    unknown ids share. `pieces_V` is empty if the bytes of an id depend on its neighbors.
+    `pieces_V[i]` are the bytes of id i. The end-of-sequence id has no bytes, and neither has the last entry, which is
+    used for all unknown ids. `pieces_V` is empty if the bytes of an id depend on its neighbors.
     """
 
     tokenizer: Tokenizer
@@ -59,7 +59,7 @@ class TokenBytes:
         return np.where((ids_BT >= 0) & (ids_BT < unknown), ids_BT, unknown)
 
     def to_bytes(self, known_ids: Sequence[int]) -> list[bytes]:
-        """Return the bytes of each id."""
+        """Return the bytes of each id; the ids come from `to_known_ids`."""
         if not self.pieces_V:
             return self._stream(known_ids)
         if len(known_ids) < 2:  # itemgetter with a single item returns no tuple
@@ -217,7 +217,7 @@ def decode_ids(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] = ()) -> 
 
 
 def token_char_lengths(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] = ()) -> list[int]:
-    """Return the number of characters that each id adds to `decode_ids`.
+    """Return the number of characters that each id adds to the result of `decode_ids`.
 
     A character counts for the id that completes it, and an incomplete character at the end for the last id.
     """
@@ -238,7 +238,7 @@ def _tag_ids(table: TokenBytes, tags: Sequence[str]) -> frozenset[int]:
 
 
 def find_turns(mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (row, start, end) arrays of the turns: the runs of ones in each row of the mask, in order."""
+    """Return three arrays, the row, start and end of each turn; a turn is a run of ones in a row of the mask."""
     num_rows, width = mask_BT.shape
     # A zero before each row keeps a run at the end of one row apart from a run at the start of the next. In the
     # flattened mask every change of value is then an edge, alternately the start and the end of a turn.
@@ -256,7 +256,7 @@ def tag_regions(
     tokenizer: Any,
     format: str | ToolFormat | Callable[[str], Sequence[Span]] = "toolrl",
 ) -> Tensor:
-    """Return the region of every token: int64 (B, T), OTHER where masked.
+    """Return the region of every token, OTHER where masked. Shape (B, T), int64.
 
     Each run of ones in a row of the mask is a turn and is parsed separately; for rows with tool results, pass
     `completion_mask * tool_mask`. A token in several regions gets the region that contains most of its bytes (ties:
@@ -394,7 +394,7 @@ def _segments_at(positions: np.ndarray, segment_starts: np.ndarray) -> np.ndarra
 
 
 def region_sums(values_BT: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of per-token values and the number of tokens by region: two float64 (R,) on the values' device.
+    """Return each region's sum of per-token values and number of tokens. Shape (R,) each, float64.
 
     Both can be added over micro-batches and ranks; the quotient is then the mean over the global batch.
     """
@@ -410,6 +410,6 @@ def region_sums(values_BT: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> tuple
 
 
 def region_means(values_BT: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the mean of per-token values by region: float64 (R,), NaN for a region without tokens."""
+    """Return the mean of per-token values by region, NaN for a region without tokens. Shape (R,), float64."""
     sums_R, counts_R = region_sums(values_BT, regions_BT, mask_BT)
     return sums_R / counts_R

@@ -63,7 +63,7 @@ class ToolCall:
 class Gold:
     """The gold turn that a response is scored against: the expected calls and answer.
 
-    `answer` is None if the turn should only call tools. Only its presence is scored, not its text.
+    `answer` is None if the turn should only call tools. By default, only its presence is scored.
     """
 
     calls: tuple[ToolCall, ...] = ()
@@ -81,7 +81,7 @@ class ParsedResponse:
 
     `spans` are sorted and disjoint, and characters outside of them are OTHER. `well_formed` means that the format's
     blocks are complete, in order and not repeated more than allowed; it does not cover the JSON inside.
-    `unreadable_calls` counts the parts of call blocks that are not a call.
+    `unreadable_calls` counts the parts of call blocks that cannot be read as a call.
     """
 
     thought: str | None = None

@@ -141,10 +141,10 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class AuthorsReward:
-    """The reward of the authors' published code, with its schedule over the batch number: `step`, or progress * 150.
+    """The reward of the ResT authors' published code; it depends on the batch number (`step`, or progress * 150).
 
-    `format` and `accuracy` are that code's raw scores, whose sum is the reward. As in that code, responses that were
-    cut off are scored like others.
+    `format` and `accuracy` of the result are that code's two scores, whose sum is the reward. As in that code,
+    responses that were cut off are scored like all others.
     """
 
     rule: Literal["authors-code"] = "authors-code"
@@ -200,7 +200,7 @@ def judge(
 
 
 def judge_parsed(parsed: ParsedResponse, gold: Gold, text: str = "", *, truncated: bool = False) -> Judgement:
-    """Score a parsed response; rewards that read the response itself need its `text`."""
+    """Score a parsed response; `text` is the response itself, which some reward rules need."""
     well_formatted, format_findings = format_score(parsed, gold)
     if truncated:
         messages = ("the response was cut off", *(found.message for found in format_findings))
@@ -228,7 +228,7 @@ def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: 
 
 @cache
 def try_reward(rule: RewardRule) -> None:
-    """Try a reward rule on a correct call, a missing call and an answer; UserError if it fails on one."""
+    """Try a reward rule on a correct call, a missing call and an answer; UserError if it fails on any of them."""
     call, answer = Gold((ToolCall("f", {"a": 1}),)), Gold(answer="It rains.")
     right = get_format("hermes").render(None, call.calls, None)
     with wrap_user_errors(
@@ -256,8 +256,8 @@ def random_rewards(count: int, seed: int, step: int, first: int = 0) -> list[flo
 def format_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[ScoreFinding, ...]]:
     """Return S_format in {0, 1} and the mistakes that lowered it.
 
-    S_format is 1 if the response has exactly the blocks that gold requires, complete and in order. Formats with
-    untagged answers allow text next to calls. The content of the blocks does not matter.
+    S_format is 1 if the response has exactly the blocks that the gold turn requires, complete and in order. Formats
+    with untagged answers allow text next to calls. The content of the blocks does not matter.
     """
     problem = _format_problem(parsed, gold)
     return (1.0, ()) if problem is None else (0.0, (ScoreFinding("format", problem, 1.0),))
@@ -278,10 +278,10 @@ def _format_problem(parsed: ParsedResponse, gold: Gold) -> str | None:
 def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[ScoreFinding, ...]]:
     """Return S_acc in [0, 1] = (r_name + r_keys + r_values) / (1 + |Gold| + sum_j |keys(G_j)|), and the mistakes.
 
-    r_name is the Jaccard index of the multisets of tool names. Under the best one-to-one assignment of predicted to
-    gold calls of the same name, r_keys sums the Jaccard indices of the argument names, and r_values counts the equal
-    values. Unreadable calls count as calls of an unknown tool. If the format writes values as text, a gold string also
-    equals the value that it spells. Without gold calls, S_acc is 1 if no call was attempted and 0 otherwise.
+    G_j are the gold calls. r_name is the Jaccard index of the multisets of tool names. Under the best one-to-one
+    assignment of predicted to gold calls of the same name, r_keys sums the Jaccard indices of the argument names, and
+    r_values counts the equal values. Unreadable calls count as calls of an unknown tool. If the format writes values as
+    text, `text_equal` compares them. Without gold calls, S_acc is 1 if no call was attempted and 0 otherwise.
     """
     if not gold.calls:
         if not parsed.attempted_call:

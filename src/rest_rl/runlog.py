@@ -57,7 +57,7 @@ Row = dict[str, Any]
 
 
 class Advance(Protocol):
-    """Updates a progress bar: the amount done, the total if it is known by now, and a note."""
+    """Updates a progress display with the amount done, the total (if it is known by now) and a note."""
 
     def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
 
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """The last part of the folder's path."""
         return self.folder.resolve().name
 
 
@@ -146,7 +146,7 @@ class RunLog:
     def resume(cls, folder: str | Path, step: int, *, is_last: bool = False, enabled: bool = True) -> RunLog:
         """Reopen a run folder at a checkpoint, and remove later rows and an incomplete last line.
 
-        Unless `is_last` (the checkpoint is the run's last one), the summary keeps only what precedes training.
+        Unless `is_last` (the checkpoint is the run's last one), the summary keeps only entries from before training.
         """
         log = cls(folder, enabled=enabled)
         if not (log.folder / CONFIG).is_file():
@@ -351,7 +351,7 @@ def unwritable_folder_error(folder: Path, error: OSError) -> ValueError:
 
 
 def existing_run_error(folder: str | Path) -> UserError:
-    """Return the error for starting a run in the folder of another."""
+    """Return the error for starting a run in a folder that already contains a run."""
     remedy = "add --resume to continue it, or pass another --out"
     return UserError(f"{folder} already contains a run", remedy=remedy)
 

@@ -73,8 +73,8 @@ def paired_difference(lost: int, gained: int, n: int) -> Interval:
     """Return the difference (gained - lost) / n of two accuracies on the same n samples.
 
     The interval is Bonett and Price's adjusted Wald interval: with p = (lost + 1) / (n + 2) and
-    q = (gained + 1) / (n + 2) it is q - p ± z sqrt((p + q - (q - p)²) / (n + 2)), clipped to [-1, 1]. Bonett, D. G. and
-    Price, R. M. (2012), https://doi.org/10.3102/1076998611411915. Without samples, the result is 0 in [-1, 1].
+    q = (gained + 1) / (n + 2), it is q - p ± 1.96 sqrt((p + q - (q - p)²) / (n + 2)), clipped to [-1, 1]. Bonett, D. G.
+    and Price, R. M. (2012), https://doi.org/10.3102/1076998611411915. Without samples, the result is 0 in [-1, 1].
     """
     check_counts(lost, n)
     check_counts(gained, n - lost)
@@ -88,7 +88,7 @@ def paired_difference(lost: int, gained: int, n: int) -> Interval:
 def weighted_mean(parts: Iterable[tuple[float, Interval]]) -> Interval:
     """Return the weighted mean of independent estimates, with a MOVER interval.
 
-    With weights that add up to 1, low = mean - sqrt(sum w² (value - low)²), and high accordingly. The interval is
+    With weights w_i that add up to 1, low = mean - sqrt(sum_i w_i² (value_i - low_i)²), and high accordingly. It is
     asymmetric if the estimates' intervals are. Zou, G. Y. and Donner, A. (2008), https://doi.org/10.1002/sim.3095; with
     Wilson's intervals: Zou, G. Y., Huang, W. and Zhang, X. (2009), https://doi.org/10.1016/j.csda.2008.09.033.
 

@@ -36,10 +36,10 @@ AUTHORS_CONSTANTS: Mapping[str, float] = {
 
 @dataclass(frozen=True)
 class RegionStatistics:
-    """Mean statistics of each region: float64 (R,), NaN for regions without tokens so far.
+    """Mean statistics of each region, NaN for regions without tokens so far. Shape (R,), float64.
 
-    `counts_R` are numbers of tokens; only their ratios matter. `collisions_R` is the mean of 1 - sum_v p_v^2, which
-    only the rule `collision` needs.
+    `counts_R` are numbers of tokens; only their ratios matter. `collisions_R` is the mean of 1 - sum_v p_v^2 (p: the
+    policy), which only the rule `collision` needs.
     """
 
     counts_R: Tensor
@@ -90,7 +90,7 @@ class WeightRule(Protocol):
 def apply_weight_rule(
     rule: WeightRule, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float
 ) -> Tensor:
-    """Return the rule's weights, normalized to mean 1 over each response's unmasked tokens: float32 (B, T), else 0.
+    """Return the rule's weights: mean 1 over each response's unmasked tokens, 0 where masked. Shape (B, T), float32.
 
     Raises:
         UserError: The rule did not return finite weights >= 0 of shape (B, T).
@@ -136,7 +136,7 @@ def is_uniform(rule: WeightRule) -> bool:
 
 @dataclass(frozen=True)
 class WeightConfig:
-    """The package's weight rules: by region from its statistics, or by token (`top_entropy`).
+    """The package's weight rules, which weight a token by its region's statistics, or by its entropy (`top_entropy`).
 
     Defaults that the paper does not specify are marked "ours".
     """
@@ -246,7 +246,7 @@ class WeightConfig:
 
 @dataclass(frozen=True)
 class AuthorsWeights:
-    """The token weights of the authors' published code, which supports the tags of two formats.
+    """The token weights of the authors' published code, for the formats `toolrl` and `hermes`.
 
     Uses the normalization of the published code; tokens to which that code assigns no weight get 0.
     """
@@ -263,7 +263,7 @@ class AuthorsWeights:
             )
 
     def __call__(self, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor:
-        """Return the published code's weights at step `batch.step`, found per turn and normalized per response."""
+        """Return the published code's weights at step `batch.step`, computed per turn and normalized per response."""
         import numpy as np
         import torch
 
@@ -282,12 +282,12 @@ class AuthorsWeights:
 
 
 def region_weights(statistics: RegionStatistics | None, config: WeightConfig) -> Tensor:
-    """Return the rule's weight of each region before the curriculum: float64 (R,).
+    """Return the rule's weight of each region, without the curriculum's shifts. Shape (R,), float64.
 
-    The weight is rule(region) ** strength, divided by its mean over tokens and clipped to [w_min, w_max] (ResT's region
-    weights; by its Lemma 2 the second moment of a token's score function is 1 - sum p^2 <= 1 - exp(-H)). Regions out of
-    scope or without finite statistics have weight 1, and so has every region before the first measurement (`statistics`
-    is None). The rule `constant` uses its numbers unchanged.
+    The weight is the value of the rule's formula (`WeightConfig.rule`) ** strength, divided by its mean over tokens and
+    clipped to [w_min, w_max] (ResT's region weights; by its Lemma 2 the second moment of a token's score function is
+    1 - sum p^2 <= 1 - exp(-H)). The rule `constant` neither divides nor clips. Weights are 1 for regions out of `scope`
+    or without finite statistics, and for all regions before the first measurement (`statistics` is None).
     """
     # Dividing by the mean over tokens, not over regions, keeps the average weight of a token near 1, so that a rule
     # changes how the gradient is distributed and not its size. `measured_R` leaves NaN regions out of this mean;
@@ -337,11 +337,11 @@ def _uncertainty(statistics: RegionStatistics, config: WeightConfig) -> Tensor:
 
 
 def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -> Tensor:
-    """Shift weight from structure to reasoning with the progress (ResT's curriculum): float64 (R,).
+    """Shift weight from structure to reasoning with the progress (ResT's curriculum). Shape (R,), float64.
 
-    FORMAT becomes max(w_min, w - a_f nu), ARGUMENTS min(w_max, w + a_p nu), REASONING and ANSWER
-    min(w_max, w + a_t nu); NAME and OTHER stay. The shifts are multiplied by `strength`, so that 0 is GRPO, and the
-    rule `permuted` permutes them with the weights. Regions in `dropped` get weight 0.
+    The weight of FORMAT decreases by `decay_format` * progress, down to w_min. The weights of ARGUMENTS, REASONING and
+    ANSWER increase by `gain_arguments` or `gain_reasoning` * progress, up to w_max. The shifts are multiplied by
+    `strength`, and permuted like the weights by the rule `permuted`. Regions in `dropped` get weight 0.
 
     Raises:
         UserError: The progress is outside [0, 1].
@@ -365,12 +365,12 @@ def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -
 
 
 def assign_weights(weights_R: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return each token's region weight, normalized to mean 1 over its response: float32 (B, T), 0 where masked."""
+    """Return each token's region weight: mean 1 over its response, 0 where masked. Shape (B, T), float32."""
     return normalize_weights(weights_R.to(regions_BT.device)[regions_BT], mask_BT)
 
 
 def normalize_weights(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Divide each response's weights by their mean over its unmasked tokens: float32 (B, T), 0 where masked.
+    """Divide each response's weights by their mean over its unmasked tokens; 0 where masked. Shape (B, T), float32.
 
     This is ResT's normalization, w_t / mean_t w_t. Responses without unmasked tokens or positive weights stay 0.
     """

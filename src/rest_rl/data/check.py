@@ -88,7 +88,7 @@ class CheckedRow(NamedTuple):
 
     @property
     def status(self) -> Status:
-        """`rejected` if no sample is left, `repaired` if a sample was changed or a turn was lost, otherwise `kept`."""
+        """`rejected` if no sample remains, `repaired` if some were changed or rejected, otherwise `kept`."""
         is_changed = any(found.severity != "noted" for found in self.findings)
         return ("repaired" if is_changed else "kept") if self.samples else "rejected"
 
@@ -100,7 +100,7 @@ class CheckedRow(NamedTuple):
         return self._replace(samples=samples, findings=(*self.findings, *found))
 
     def reasons_to_allow(self, config: CheckConfig) -> Collection[str]:
-        """Return the reasons that are only noted in this row; in a benchmark's row, all that can be allowed."""
+        """Return the reasons that cannot reject or change a row: `config.allow`, or for benchmarks ALLOWABLE_REASONS."""
         return ALLOWABLE_REASONS if self.source in BENCHMARKS else config.allow
 
 
@@ -112,7 +112,7 @@ def describe_outcome(row: CheckedRow, found: RowFinding) -> str:
 
 
 class LocatedFinding(NamedTuple):
-    """A finding with its file and row number."""
+    """A finding, and the file and row number where it occurred."""
 
     file: str
     row: int

@@ -1,7 +1,7 @@
-"""Prompts in ToolRL's published form: a system text around numbered tools, and the history as one user message.
+"""Prompts in ToolRL's published form: a system text with a numbered list of tools, and one user message.
 
-A model that was trained on such prompts (`[data] keep_prompts`) is evaluated with them too. The fixed texts belong to
-ToolRL and are not part of this package; they are read from a file with ToolRL's rows.
+The user message contains the whole history. A model that was trained on such prompts (`[data] keep_prompts`) is also
+evaluated with them. The text around the list belongs to ToolRL and is read from ToolRL's files.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Frame:
 
     @property
     def digest(self) -> str:
-        """A digest that identifies these texts."""
+        """A hash of both parts, which an evaluation records to identify them."""
         return hashlib.sha256(f"{self.before}\0{self.after}".encode()).hexdigest()[:12]
 
     def flatten(self, sample: ToolSample) -> ToolSample:
         """Return the sample with its tools in the system message and its history in one user message.
 
-        Unlike ToolRL, this keeps the sample's own system messages, as the last paragraphs, and lists the required
-        arguments (`render_tools`). A sample with `tools_in_prompt` is returned unchanged.
+        Unlike ToolRL, this appends the sample's system messages to the system text, and lists the required arguments of
+        each tool (`render_tools`). A sample with `tools_in_prompt` is returned unchanged.
         """
         if sample.tools_in_prompt:
             return sample
@@ -51,7 +51,7 @@ class Frame:
 
 
 class FlattenedLayout(PromptLayout):
-    """Renders tools and history within ToolRL's system text (the frame); the chat template adds only the roles."""
+    """Renders prompts in ToolRL's published form; the chat template adds only the roles."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class FlattenedLayout(PromptLayout):
 
 
 def frame_of(path: str) -> Frame:
-    """Read the frame from the first row with ToolRL's system text: in ToolRL's files, or in ours with kept prompts."""
+    """Read the frame from the first row of a file that has ToolRL's system text; UserError if there is none."""
     for row in RowReader(path):
         if isinstance(row.value, RowError) or not (shape := find_shape(row.value, (own, toolrl))):
             continue
@@ -109,7 +109,8 @@ def render_tools(tools: Sequence[Message]) -> str:
 def render_history(messages: Sequence[Message]) -> str:
     """Render a history as one text in ToolRL's form, with reasoning (`reasoning_content`) and without system messages.
 
-    `rest_rl.data.shapes.toolrl.parse_history` is the inverse, except for the reasoning. JSON is ASCII, as in ToolRL.
+    `rest_rl.data.shapes.toolrl.parse_history` is the inverse, except for the reasoning. Non-ASCII characters in JSON
+    are escaped, as in ToolRL.
     """
     paragraphs: list[list[str]] = []
     calls: Sequence[Message] = ()

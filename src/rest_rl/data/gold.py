@@ -1,7 +1,7 @@
 """Check the gold calls of a sample against the schemas of its tools, and repair values that are stored as text.
 
-Types, enums and required arguments are checked here and not by jsonschema, because here a null means an omitted
-argument and a quoted number can be repaired. jsonschema checks the remaining keywords, and its findings are only notes.
+Types, enums and required arguments are checked here and not by jsonschema, because in a call a null means an omitted
+argument and a quoted number can be repaired. Violations of other keywords, found by jsonschema, are only noted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Problems = Iterator[tuple[str, str]]
 def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tuple[ToolSample, list[RowFinding]]:
     """Check the gold calls against the schemas of the tools; return the repaired sample and the findings.
 
-    Text that spells a value of the type in the schema becomes that value. Findings with reasons in `allow` are notes.
+    Text such as "5" becomes a value of the schema's type, such as 5. Findings with a reason in `allow` are only noted.
     """
     # Two tools with one name are a problem only if they differ. If the gold calls neither, this is only noted.
     functions = [tool.get("function", tool) for tool in sample.tools]
@@ -86,7 +86,7 @@ def repair_history(sample: ToolSample, repaired: Mapping[int, Gold]) -> ToolSamp
     """Return the sample with earlier turns of its history replaced by their repaired gold turns.
 
     An earlier turn may also be the gold turn of another sample, in which its calls were repaired. The history must
-    then show the repaired calls, too. `repaired` maps the positions of turns to their gold.
+    then show the repaired calls, too. `repaired` maps indices in `sample.messages` to gold turns.
     """
     messages = list(sample.messages)
     for at, gold in repaired.items():

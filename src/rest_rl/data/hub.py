@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached."""
+"""Checks whether the Hugging Face hub can be reached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub.utils import get_session
 def has_hub() -> bool:
     """Return whether the Hugging Face hub can be reached; if not, switch its client to offline mode.
 
-    In offline mode, the client uses only cached files. Without it, the client would retry for a minute and warn.
+    In offline mode, the client uses only cached files. Otherwise, it would first retry for a minute and warn.
     """
     try:
         get_session().head(constants.ENDPOINT, timeout=10)

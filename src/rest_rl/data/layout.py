@@ -107,7 +107,7 @@ class PromptLayout:
         return self.bos_prefix + text.removeprefix(self.bos_prefix)
 
     def count_tokens(self, sample: ToolSample) -> int:
-        """Return the number of prompt tokens; 0 if the template fails, which `render` reports later."""
+        """Return the number of prompt tokens; 0 if the template fails (then `render` raises the error)."""
         try:
             return len(self.tokenizer(self.render(sample), add_special_tokens=False)["input_ids"])
         except ValueError:
@@ -115,7 +115,7 @@ class PromptLayout:
 
     @cached_property
     def is_native(self) -> bool:
-        """Whether the template itself describes tools and writes calls in this format.
+        """Whether the chat template itself describes tools and writes calls in the format of this layout.
 
         If a chat template writes calls in your own format, set the attribute `is_native = True` on that format.
         """
@@ -125,7 +125,7 @@ class PromptLayout:
 
     @cached_property
     def opens_think(self) -> bool:
-        """Whether a prompt ends with an open think block."""
+        """Whether a prompt ends with an open think block, inside which the response then starts."""
         return self._probe.rstrip().endswith(OPENING_TAGS)
 
     @cached_property
@@ -188,7 +188,7 @@ def messages_to_text(messages: Messages, tools: Sequence[Any], tool_format: Tool
 
 
 def wrap_tool_response(content: str) -> str:
-    """Return the text of a tool result as the templates of Hermes and Qwen write it."""
+    """Wrap a tool result in `<tool_response>` tags, as the chat templates of Hermes and Qwen do."""
     return f"<tool_response>\n{content}\n</tool_response>"
 
 
@@ -253,7 +253,7 @@ def resolve_format(
 
     Raises:
         UserError: The name has `+think` but the template opens no think block, or the name is `auto` and prompts are
-            kept as published, which request a format themselves.
+            kept as published; the format that such prompts request must be named.
     """
     if keeps_prompts and name == AUTO:
         raise UserError(

@@ -23,7 +23,7 @@ class LoadedData(NamedTuple):
 
 
 def check_data(*paths: str, **settings: Any) -> DataReport:
-    """Check every row of files, folders or hub datasets as training would; `settings` are keywords of `read_rows`.
+    """Check every row of files, folders or hub datasets as training would; `settings` are arguments of `read_rows`.
 
     Example: `check_data("dialogues.jsonl", source="messages", allow=["duplicate"]).rejected`.
 
@@ -56,9 +56,9 @@ def read_rows(
 ) -> Iterator[CheckedRow]:
     """Yield each row of data files with its samples and findings, in order.
 
-    With the `layout` of a model, samples that the model cannot represent are rejected. Samples whose prompt is also
-    in the file `test` are rejected. `limit` is the number of rows to read, 0 for all. The other settings are the
-    fields of `CheckConfig`.
+    With the `layout` of a model, samples that its format or chat template cannot represent are rejected. Samples whose
+    prompt is also in the file `test` are rejected. `limit` is the number of rows to read, 0 for all. The other settings
+    are the fields of `CheckConfig`.
     """
     if "keep" in settings:
         warnings.warn(describe_renaming("keep", "allow"), RenamedWarning, stacklevel=3)

@@ -1,7 +1,7 @@
 """Function masking (Hammer, arXiv 2410.04587): random tool and argument names force a model to read the descriptions.
 
-In a share of the samples, every name is replaced consistently: in tools, history, gold, reasoning, and the text next to
-calls. Descriptions and all other texts stay.
+In a random share of the samples, every name is replaced consistently in tools, history, gold calls, reasoning, and the
+text next to calls. Descriptions and all other texts stay unchanged.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class NameMap(NamedTuple):
 
 
 def mask_names(sample: ToolSample, share: float, seed: int) -> ToolSample:
-    """Return the sample, with masked names if it is drawn; `share` is the probability.
+    """Mask the names in a sample with probability `share`, and return the sample.
 
-    The draw and the names depend only on the seed and the sample, not on other rows. A sample whose messages describe
-    its tools is returned unchanged.
+    The random choices depend only on the seed and the sample, not on other rows. A sample whose messages describe its
+    tools is returned unchanged.
     """
     if not share or sample.tools_in_prompt:
         return sample
@@ -42,7 +42,7 @@ def mask_names(sample: ToolSample, share: float, seed: int) -> ToolSample:
 
 
 def draw_names(sample: ToolSample, rng: random.Random) -> NameMap:
-    """Draw a random name for each tool and argument, different from each other and from all names in the sample."""
+    """Draw a random name for each tool and argument: all different, and none of them already used in the sample."""
     # Calls may use names that no tool defines (defective golds, old histories); those are masked as well, or they would
     # stand out. Names are unique over all tools and arguments, so that text replacement stays unambiguous.
     functions = [tool.get("function", tool) for tool in sample.tools]
@@ -64,7 +64,7 @@ def draw_names(sample: ToolSample, rng: random.Random) -> NameMap:
 
 
 def rename_sample(sample: ToolSample, names: NameMap) -> ToolSample:
-    """Return the sample with its names replaced; a name that the map does not contain stays."""
+    """Return the sample with its names replaced; names that the map does not contain stay."""
     called = [call.name for call in sample.gold.calls]
     thought, preamble = sample.thought, sample.preamble
     return replace(

@@ -20,7 +20,7 @@ from rest_rl.rewards import judge
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample and its rendered prompt, which the model continues."""
+    """A sample and its rendered prompt."""
 
     sample: ToolSample
     prompt_text: str
@@ -122,7 +122,7 @@ def find_refusals(prepared: Prepared, layout: PromptLayout, config: CheckConfig)
 
 
 def find_control_tokens(value: Any, layout: PromptLayout) -> list[str]:
-    """Return the special tokens that appear in the texts of a JSON value, except tags of the format."""
+    """Return the tokenizer's special tokens in the texts of a JSON value, except format tags and short tokens."""
     text = json.dumps(value, ensure_ascii=False)
     # Special tokens of one or two characters are ordinary text in most prompts, so they are ignored.
     return sorted(token for token in layout.special_tokens - {*layout.format.tags} if len(token) > 2 and token in text)

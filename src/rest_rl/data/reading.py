@@ -1,7 +1,7 @@
-"""Stream the raw rows of data files, with their numbers: JSONL, JSON, Parquet, folders of these, hub datasets.
+"""Stream the raw rows of JSONL, JSON and Parquet files, of folders with such files, and of hub datasets.
 
-A row that cannot be read becomes a `RowError` with its number, and reading continues. Memory holds at most one row (up
-to `MAX_ROW_BYTES`) or one batch.
+A row that cannot be read becomes a `RowError` with its number, and reading continues. At most one row (up to
+`MAX_ROW_BYTES`) or one batch of rows is in memory.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _BETWEEN_ROWS = re.compile(r"[\s,]*")
 
 
 class TooDeepError(ValueError):
-    """The JSON is nested deeper than responses may be."""
+    """Raised for JSON that is nested deeper than 64 levels, which is also the limit for model responses."""
 
 
 def load_json(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """Parse JSON; raise TooDeepError if it is nested deeper than responses may be, and ValueError if it is not JSON."""
+    """Parse JSON as `json.loads` does; TooDeepError for over 64 levels of nesting, ValueError for other text."""
     try:
         value = json.loads(text, parse_constant=parse_constant)
     except RecursionError:
@@ -72,7 +72,7 @@ def read_literal(text: str) -> Any:
 
 
 def read_literals(text: str) -> list[Any] | None:
-    """Parse one literal, consecutive JSON values, or one literal per line; return None for any other text."""
+    """Parse a text of one literal, consecutive JSON values, or one literal per line; return None for other text."""
     if not text.lstrip().startswith(("{", "[")):
         return None
     if (value := read_literal(text)) is not None:
@@ -112,9 +112,9 @@ class Row(NamedTuple):
 
 
 class RowReader:
-    """Iterates over the rows of one or more inputs.
+    """Iterates over the rows of files, folders or hub datasets.
 
-    `read_bytes` and `total_bytes` give the progress; both are 0 for hub datasets, whose size is unknown.
+    `read_bytes` and `total_bytes` show the progress; both are 0 for hub datasets, whose size is unknown.
 
     Raises:
         UserError: An input does not exist.

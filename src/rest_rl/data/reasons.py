@@ -12,7 +12,7 @@ Severity = Literal["rejected", "repaired", "noted"]
 
 
 class Reason(NamedTuple):
-    """A kind of finding: `rejected` removes a sample, `repaired` changes one, `noted` leaves it unchanged."""
+    """A kind of finding; `rejected` removes the sample, `repaired` changes it, and `noted` leaves it unchanged."""
 
     severity: Severity
     meaning: str
@@ -160,7 +160,7 @@ class RowRejectedError(UserError):
 
 @dataclass
 class RowContext:
-    """The id and settings of a row, which a row shape receives with the row; the shape reports findings here."""
+    """The id and settings of a row, passed to a row shape with the row; the shape adds its findings with `note`."""
 
     id: str
     """Id of the row's sample, or the prefix of the ids of its samples."""
@@ -169,5 +169,5 @@ class RowContext:
     findings: list[RowFinding] = field(default_factory=list)
 
     def note(self, reason: str, detail: str, sample: str | None = None) -> None:
-        """Add a finding; `reason` is a key of REASONS and decides what happens to the row."""
+        """Add a finding; `reason` is a key of REASONS, which defines the severity."""
         self.findings.append(make_finding(reason, detail, sample))

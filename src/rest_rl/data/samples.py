@@ -257,7 +257,7 @@ def _require_field(row: Any, name: str, kind: Any, where: str) -> Any:
 
 
 def compute_digest(value: Any) -> int:
-    """Return a 64-bit digest of a JSON value that ignores key order; a million values collide with p = 3e-8."""
+    """Return a 64-bit digest of JSON, whatever the key order; a million values collide with a probability of 3e-8."""
     text = json.dumps(value, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 

@@ -1,4 +1,4 @@
-"""Convert tools from the many published forms to the form of chat templates: OpenAI functions with JSON schemas."""
+"""Convert published tools of many forms to the form that chat templates expect: OpenAI functions with JSON schemas."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _json_text(value: Any, where: str) -> Any:
 
 
 def read_tool(raw: Any, where: str) -> dict[str, Any]:
-    """Return a tool, given bare or wrapped in {"type": "function"}, with the type names of JSON schema.
+    """Return a tool (bare or in {"type": "function"}) with JSON schema's type names; `where` is for error messages.
 
     Everything else stays as it is, including the order of keys and missing descriptions. A chat template renders the
     tool as given, and so will the server that uses the trained model.
@@ -98,10 +98,10 @@ def _parameters(value: Any, where: str, required: Any) -> dict[str, Any]:
 
 
 def argument_table(arguments: Mapping[str, Any], where: str, *, required: bool = True) -> dict[str, Any]:
-    """Convert a table {name: {"type": "str, optional", "description", "default"?}} to a schema.
+    """Convert arguments {name: {"type": "str, optional", "description": ..., "default": ...}} to a JSON schema.
 
-    With `required`, every argument that is not optional and has no default is required. ToolRL (where every argument
-    has a default) and API-Bank (where none has one) do not say which arguments are required: pass False for them.
+    With `required`, an argument is required unless its type says `optional` or it has a default. Pass False for
+    ToolRL (every argument has a default) and API-Bank (none has), which do not say which arguments are required.
     """
     properties: dict[str, Any] = {}
     needed: list[str] = []

@@ -1,8 +1,8 @@
 """Split one file into train and test; samples of one dialogue, or with equal prompts, go to the same side.
 
-The file is read twice: the first pass assigns every sample to a group, the second writes. Groups go to the test side in
-the order of their salted digests until the share is reached. Therefore the same seed gives the same split, whatever the
-order of the rows.
+The file is read twice: the first pass assigns every sample to a group, the second writes the samples. Groups go to the
+test side in the order of their hashes, which depend on the seed, until that side has the requested share. Therefore the
+same seed gives the same split, whatever the order of the rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Split:
     """Assigns each sample to the train or the test side; the constructor reads all rows once.
 
     Raises:
-        UserError: The share leaves one side empty.
+        UserError: The share would leave one side empty.
     """
 
     # Groups are the connected components of a graph: the nodes are first user messages, and a dialogue in which the

@@ -5,13 +5,13 @@ Therefore a model cannot memorize names and must read them in the prompt (name m
 
 Kinds:
     `single`: one call. `parallel`: two calls in one turn. `dependent`: two turns; the second call uses a value from the
-    result of the first. `none`: no tool fits, and the turn should answer.
+    result of the first. `none`: no tool fits, and the model should answer with text.
 Decisions (where the model decides what to call):
     `reasoning`: the reasoning spells out the tools, keys and values that the calls repeat. `call`: the reasoning is
     random filler. Names then come from the template, because a small model needs reasoning to find random names.
 Splits:
-    `train`. `unseen_tools`: templates and tool names that `train` never uses. `unseen_values`: argument values that
-    `train` never uses. Each held-out split differs from `train` only in this respect.
+    `train`: for training. `unseen_tools`: templates and tool names that `train` never uses. `unseen_values`: argument
+    values that `train` never uses. Each held-out split differs from `train` only in this respect.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class WorldTool(NamedTuple):
 
 
 def is_held_out_template(verb: str, noun: str) -> bool:
-    """Return whether the pair belongs to `unseen_tools`; `train` uses its verb and noun in other pairs."""
+    """Return whether tools with this verb and noun occur only in `unseen_tools`; `train` uses them in other pairs."""
     # A Latin-square rule: the sum modulo 5 holds out one fifth of the pairs, spread evenly over verbs and nouns. The
     # same idea splits names and values below.
     return (VERBS.index(verb) + 2 * _NOUNS.index(noun)) % _FIFTH == 0
@@ -236,7 +236,7 @@ def draw_name(rng: random.Random, split: Split, taken: Sequence[str] = ()) -> st
 
 
 def draw_value(rng: random.Random, slot: str, split: Split) -> str:
-    """Draw a value of the slot that the split may use."""
+    """Draw a value for the slot from the values that the split may use."""
     while True:
         value = f"{rng.choice(SLOTS[slot])}-{rng.choice(NUMBERS)}"
         if is_held_out_value(value) == (split == "unseen_values"):
@@ -257,7 +257,7 @@ def _turn(calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]]) -> dict
 
 
 def explain(calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]]) -> str:
-    """Return the reasoning of a demonstration: for each call the tool's description and name, then slot, key and value.
+    """Return a demonstration's reasoning: for each call, the tool's description and name, slots, keys and values.
 
     Names and keys that no tool has are written as given, so that defective calls have reasoning too.
     """
@@ -274,7 +274,7 @@ def explain(calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]]) -> st
 def execute(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str:
     """Execute a call and return its result as JSON text, such as `{"result": "oslo-17"}`.
 
-    The result is a function of the template and the values, not of the masked names. It is a held-out value if and only
+    The result is a function of the template and the values, not of the random names. It is a held-out value if and only
     if one of the arguments is.
 
     Raises:

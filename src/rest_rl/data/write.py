@@ -33,7 +33,7 @@ def check_output(out: Path, inputs: Iterable[str]) -> None:
 
 @contextmanager
 def sample_writer(out: Path) -> Iterator[Callable[[ToolSample], None]]:
-    """Write samples to a file that appears only if no error occurs; its ending selects the format."""
+    """Yield a function that writes samples to `out` (JSONL or Parquet); the file appears only if no error occurs."""
     kind = _parquet_writer if out.suffix == ".parquet" else _jsonl_writer
     with _replacing(out) as part, kind(part) as write:
         yield lambda sample: write(to_json(sample))
@@ -41,7 +41,7 @@ def sample_writer(out: Path) -> Iterator[Callable[[ToolSample], None]]:
 
 @contextmanager
 def rejected_writer(out: Path) -> Iterator[Callable[[CheckedRow], None]]:
-    """Write the rows that lose samples next to `out`, each with its number, the reasons and the row as read.
+    """Yield a function that records a row in a file next to `out` if the row loses samples, with the reasons.
 
     If no row loses samples, no file remains.
     """

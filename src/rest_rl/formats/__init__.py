@@ -1,7 +1,7 @@
 """Tool-call formats: parse the text of a response into a ParsedResponse, and render it back.
 
-Every string can be parsed. Text outside complete blocks is OTHER. If the arguments of a call are broken, its name and
-arguments keep their regions as far as they can be located, and the rest of the call is OTHER.
+Every string can be parsed. Text outside complete blocks has the region OTHER. If the arguments of a call are broken,
+its name and arguments keep their regions as far as they can be located, and the rest of the call is OTHER.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def get_format(tool_format: str | ToolFormat) -> ToolFormat:
 def demonstration_format(tool_format: ToolFormat) -> ToolFormat:
     """Return the variant of a format for training on demonstrations: text exactly as the models write it.
 
-    Only qwen3_coder differs. Its `render` quotes strings that would otherwise be parsed as numbers; the models do not.
+    Only qwen3_coder differs: its `render` quotes strings such as "5", which the models write without quotes.
     """
     if isinstance(tool_format, OpenedThinkFormat):
         return OpenedThinkFormat(demonstration_format(tool_format.inner))

@@ -17,7 +17,7 @@ MAX_CHARACTERS = 10_000
 
 
 class FormatReading(NamedTuple):
-    """How many responses a format can parse. Formats are compared by the first number, then by the next ones."""
+    """How many responses a format can parse. Formats are compared field by field, in this order."""
 
     calls: int
     """Responses with calls, all of which are readable."""
@@ -29,9 +29,9 @@ class FormatReading(NamedTuple):
 def choose_format(name: str, texts: Iterable[str]) -> tuple[str, str]:
     """Return (format, reason) for recorded responses whose model is not available.
 
-    `auto` selects the format that reads the calls of most responses. Ties are broken by the number of attempted calls,
-    then of well-formed responses, then by the order of FORMATS, with `+think` variants last. Any other name is returned
-    unchanged; the reason then mentions a format that reads the calls of more than twice as many responses.
+    `auto` selects the format that can parse the calls of the most responses. Ties are broken by the number of attempted
+    calls, then of well-formed responses, then by the order of FORMATS, with `+think` variants last. Any other name is
+    returned unchanged; the reason then mentions a format that parses the calls of more than twice as many.
     """
     looked_at = [text[:MAX_CHARACTERS] for text in islice(texts, MAX_RESPONSES)]
     readings = {found.name: measure_format(found, looked_at) for found in candidate_formats()}

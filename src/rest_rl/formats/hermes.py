@@ -79,7 +79,7 @@ class HermesFormat:
             builder.mark(end, block.inner_end, Region.FORMAT)
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """Return the think block, the answer and the calls, if present; an empty answer counts as none."""
+        """Return the think block, the answer and the calls, if present; an empty answer is omitted."""
         head = "" if thought is None else f"<think>\n{clean_text(thought, self.tags, 'thought')}\n</think>\n\n"
         blocks = [f"<tool_call>\n{dump_call(call, 'arguments', self._pattern)}\n</tool_call>" for call in calls]
         text = [] if not answer else [clean_text(answer, self.tags, "answer")]

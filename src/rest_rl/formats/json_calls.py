@@ -120,12 +120,12 @@ def split_call_lines(text: str, start: int, end: int) -> list[tuple[int, int]]:
 
 
 def dump_call(call: ToolCall, arguments_key: str, tags: re.Pattern[str]) -> str:
-    """Return a call as one line of JSON; tags inside are escaped, so that no argument can end the block."""
+    """Return a call as one line of JSON; tags in arguments are escaped, so that they cannot end the block."""
     return escape_tags(dump_json(call, {"name": call.name, arguments_key: dict(call.arguments)}), tags)
 
 
 def dump_json(call: ToolCall, value: object) -> str:
-    """Return a value of a call as JSON; UserError if JSON cannot represent it."""
+    """Return a part of a call as JSON; UserError, with the name of the call, if JSON cannot represent it."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -133,5 +133,5 @@ def dump_json(call: ToolCall, value: object) -> str:
 
 
 def escape_tags(line: str, tags: re.Pattern[str]) -> str:
-    r"""Escape the first character of every tag in JSON as `\uXXXX`; tags can only occur in its strings."""
+    r"""Escape the first character of every tag in a line of JSON as `\uXXXX`; the parsed strings stay the same."""
     return tags.sub(lambda tag: f"\\u{ord(tag.group()[0]):04x}" + tag.group()[1:], line)

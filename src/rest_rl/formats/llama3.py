@@ -18,8 +18,8 @@ class Llama3Format:
     """Llama 3: each call is a JSON object with `name` and `parameters`; several are joined by `; `.
 
     The calls begin at `<|python_tag|>`, at a `{` at the start of the response (after the think block), or at a line
-    that begins with `{"name":`, and continue to the end. `parse` also accepts calls that only a line break or nothing
-    separates. The text before the calls is the answer.
+    that begins with `{"name":`, and continue to the end. `parse` also accepts calls without a separator. The text
+    before the calls is the answer.
     """
 
     name: str = "llama3"

@@ -40,7 +40,7 @@ class OpenedThinkFormat:
 
     @property
     def opening(self) -> str:
-        """The tag at the end of the prompt: the inner format's first opening think tag."""
+        """The tag at the end of the prompt: the first opening think tag in the tags of `inner`."""
         return next(tag for tag in self.inner.tags if tag in OPENING_TAGS)
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:

@@ -16,7 +16,7 @@ THINK_TAGS = ("<think>", "</think>")
 
 @dataclass(slots=True, kw_only=True)
 class PlainResponseBuilder(ResponseBuilder):
-    """Collects the parts of a response whose text outside of calls is the answer; tags in it are violations."""
+    """Collects the parts of a response whose text outside of calls is the answer; tags in the answer are violations."""
 
     tags: re.Pattern[str]
     well_formed: bool = True
@@ -53,7 +53,7 @@ class PlainResponseBuilder(ResponseBuilder):
         return 0
 
     def read_text(self, text: str, start: int, end: int) -> None:
-        """Mark the text up to the first tag as the answer, and white space around it as format."""
+        """Mark the text up to the first tag as ANSWER, and the white space around it as FORMAT."""
         first_tag = end
         for tag in self.tags.finditer(text, start, end):
             first_tag = min(first_tag, tag.start())
@@ -69,14 +69,13 @@ class PlainResponseBuilder(ResponseBuilder):
         self.has_stray_tag = self.has_stray_tag or first_tag < end
 
     def read_gap(self, text: str, start: int, end: int, after: str = "the calls") -> None:
-        """Mark white space as format; any other text is a violation and stays OTHER."""
+        """Mark white space as FORMAT; any other text is a violation and stays OTHER."""
         if not text[start:end].strip():
             self.mark(start, end, Region.FORMAT)
         else:
             self.add_violation(f"text after {after} at character {start + self.offset}")
 
     def response(self, *, text_values: bool = False) -> ParsedResponse:
-        """Return the parsed response."""
         return ParsedResponse(
             thought=self.thought,
             calls=tuple(self.calls),
@@ -99,7 +98,7 @@ def render_plain(
     written: str,
     think: tuple[str, str] = THINK_TAGS,
 ) -> str:
-    """Return think block, answer and the rendered calls; UserError if the format would parse them differently."""
+    """Join the think block, the answer and the rendered calls; UserError if `tool_format` parses them differently."""
     # Each format has its own texts that it cannot represent, such as an answer that looks like a call. Parsing the
     # result again finds all of them, so no format needs its own rules.
     head = ""

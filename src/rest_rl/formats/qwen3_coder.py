@@ -38,8 +38,8 @@ class Qwen3CoderFormat:
     another value, such as `"5"`, or if it contains a tag, whose `<` becomes `\u003c`. A function without `<tool_call>`
     is read as a call, but the response is then not well formed.
 
-    `quotes_strings=False` quotes only strings with tags, as the models' chat templates do; they leave it to the tool's
-    schema whether `5` is a string.
+    With `quotes_strings=False`, only strings with tags are quoted, as in the models' chat templates. The tool's schema
+    must then determine whether `5` is a string.
     """
 
     name: str = "qwen3_coder"

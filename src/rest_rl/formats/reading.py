@@ -28,7 +28,7 @@ _NO_SPAN = Span(-1, -1, Region.OTHER)
 
 
 class Tag(NamedTuple):
-    """A self-closing tag, which neither opens nor closes a block."""
+    """A tag that neither opens nor closes a block, because it is unmatched or inside a block."""
 
     position: int
     text: str
@@ -124,5 +124,5 @@ def unwritable_error(tool_format: str, got: str, expected: str) -> UserError:
 
 
 def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
-    """Return one JSON description per line."""
+    """Return the JSON descriptions of the tools, one tool per line."""
     return "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)

@@ -77,7 +77,7 @@ class ToolRLFormat:
         builder.mark(at, block.inner_end, Region.FORMAT)
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """Return the blocks of a response; a missing thought becomes an empty think block, which is required."""
+        """Return the blocks of a response; without a thought, the required think block is empty."""
         parts = [f"<think> {clean_text(thought or '', self.tags, 'thought')} </think>"]
         if calls:
             parts.append(

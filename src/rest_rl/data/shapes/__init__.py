@@ -1,10 +1,10 @@
-"""Row shapes: how the rows of each published data set, and of your own, become dialogues or samples.
+"""Row shapes convert the rows of published data sets, and of your own, to dialogues or samples.
 
 A shape is an object (the built-in ones are modules) with three parts:
 
 * `name`: its name in `--source` and in reports;
-* `matches(row) -> bool`: whether a row has this shape, judged by its keys;
-* `read(row, context) -> dialogues or samples`. A `Dialogue` becomes one sample per assistant turn. Report anything odd
+* `matches(row) -> bool`: a function that checks by the keys whether a row has this shape;
+* `read(row, context)`: a function that returns `Dialogue`s (one sample per assistant turn) or samples. Report problems
   with `context.note(reason, detail)`, and raise `RowRejectedError(reason, detail)` if the row gives no sample.
   `context.id` is the id for the row's sample; `context.keep_prompts` means that published prompts stay as they are.
 
@@ -55,8 +55,8 @@ def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
     """Return the shapes to try for each row, in order.
 
     Args:
-        source: `auto`, a name in SHAPES, `package.module:OBJECT`, or an object. A built-in shape is the only one tried;
-            your own shape is tried before all built-in ones.
+        source: `auto` for all built-in shapes, a name in SHAPES for only this shape, or your own shape (an object or
+            `package.module:OBJECT`), which is then tried before the built-in shapes.
 
     Raises:
         UserError: There is no such shape, or the object is not a shape.
@@ -80,5 +80,5 @@ def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
 
 
 def find_shape(row: Mapping[str, Any], shapes: tuple[RowShape, ...]) -> RowShape | None:
-    """Return the first shape that matches a row; if `shapes` has only one, it is returned without a check."""
+    """Return the first shape that matches a row; a single shape is returned without a check."""
     return shapes[0] if len(shapes) == 1 else next((shape for shape in shapes if shape.matches(row)), None)

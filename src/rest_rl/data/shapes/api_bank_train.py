@@ -1,4 +1,4 @@
-"""API-Bank's training rows (DAMO-ConvAI): {instruction, input, output}; calls are `API-Request: [Name(k='v')]`."""
+"""API-Bank's training rows (DAMO-ConvAI): {instruction, input, output}, with calls as `API-Request: [Name(k='v')]`."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def read(row: Mapping[str, Any], context: RowContext) -> list[Dialogue]:
 
 
 def read_message(raw: Any, context: RowContext) -> dict[str, Any]:
-    """Return a message with our key names; unreadable values are kept, and `decompose_readable` reports them."""
+    """Return a message with OpenAI's key names; unreadable values are kept, and `decompose_readable` reports them."""
     if not isinstance(raw, Mapping):
         return {"role": None}
     given = raw.get("role", raw.get("from"))
@@ -168,7 +168,7 @@ def _cut_tool_text(
 
 
 def split_tool_text(system: str) -> tuple[str, list[Any] | None]:
-    """Split a system text into the text without the description of tools, and the tools that it lists.
+    """Split a system text into the text without the description of tools, and the tools that it lists (or None).
 
     Only descriptions in a known wording are removed. They begin as in the prompts of Hermes or Qwen, and end with the
     last `</tools>` or `</tool_call>`.

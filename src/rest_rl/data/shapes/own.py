@@ -1,4 +1,4 @@
-"""Our own rows, as written by `rest-rl data convert`; in Parquet files, nested fields are JSON text."""
+"""Rows that `rest-rl data convert` wrote; in Parquet files, nested fields are JSON text."""
 
 from __future__ import annotations
 

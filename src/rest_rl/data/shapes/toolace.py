@@ -1,4 +1,4 @@
-"""ToolACE: {system, conversations}; tools are a JSON list in the system text, calls are `[f(a=1)]`."""
+"""ToolACE: {system, conversations}; the system text lists the tools as JSON, and calls look like `[f(a=1)]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ToolRL's own files (`rlla_sft.json`, the `rlla_4k` Parquet): a row is one sample, flattened into two texts.
+"""Rows that ToolRL published (`rlla_sft.json`, `rlla_4k` in Parquet): one sample each, as two texts.
 
 The system text lists the tools as numbered entries, and one user message contains the whole history as `<user>`,
 `<think>`, `<tool_call>`, `<obs>` and `<response>` blocks. By default these texts are parsed into messages and tools, so
@@ -93,7 +93,7 @@ def _read_gold(output: str) -> tuple[str | None, Gold]:
 
 
 def tool_list_span(system: str) -> tuple[int, int]:
-    """Return start and end of the tool list in a system text; raise RowRejectedError (`bad_tool_schema`) if none."""
+    """Return start and end of the tool list in a system text; RowRejectedError (`bad_tool_schema`) if it has none."""
     begin, end = system.find(_TOOLS_BEGIN), system.find(_TOOLS_END)
     if begin < 0 or end < begin:
         raise RowRejectedError("bad_tool_schema", f"the system text contains no list of tools ({system[:60]!r})")
@@ -178,7 +178,7 @@ def call_id(number: int) -> str:
 
 
 def split_results(inner: str, last: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one tool message per result if there are as many results as calls, otherwise one with the whole text."""
+    """Split the text of an `<obs>` block into one message per call of the turn `last`, or return it as one message."""
     value = read_literal(inner)
     calls: Sequence[Mapping[str, Any]] = last.get("tool_calls", ())
     is_list = isinstance(value, list) and all(isinstance(item, Mapping) and "results" in item for item in value)
