@@ -100,7 +100,7 @@ class CheckedRow(NamedTuple):
         return self._replace(samples=samples, findings=(*self.findings, *found))
 
     def reasons_to_allow(self, config: CheckConfig) -> Collection[str]:
-        """Return the reasons that cannot reject or change a row: `config.allow`, or for benchmarks ALLOWABLE_REASONS."""
+        """Return reasons that cannot reject or change a row: `config.allow`, or ALLOWABLE_REASONS for benchmarks."""
         return ALLOWABLE_REASONS if self.source in BENCHMARKS else config.allow
 
 
