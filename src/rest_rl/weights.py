@@ -246,7 +246,7 @@ class WeightConfig:
 
 @dataclass(frozen=True)
 class AuthorsWeights:
-    """The token weights of the authors' published code, for the formats `toolrl` and `hermes`.
+    """The token weights of the ResT authors' published code, for the formats `toolrl` and `hermes`.
 
     Uses the normalization of the published code; tokens to which that code assigns no weight get 0.
     """

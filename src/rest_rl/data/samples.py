@@ -263,7 +263,7 @@ def compute_digest(value: Any) -> int:
 
 
 def compute_leak_digest(sample: ToolSample) -> int:
-    """Return a digest of a sample's prompt that is the same in all copies of a data set.
+    """Return a digest of a sample's prompt that is the same in all copies of a data set, to find leaked prompts.
 
     The digest covers roles, texts without white space, calls, and tool names, but no system messages, ids or schemas,
     because copies of a data set format these differently.
