@@ -9,7 +9,7 @@ from rest_rl.errors import UserError
 
 
 def run_command(work: Callable[[], None]) -> int:
-    """Run the work and return the exit code: 0, 2 after one line about a mistake of the user, 130 after Ctrl-C."""
+    """Call `work` and return the exit code: 0, 2 after printing a UserError in one line, 130 after Ctrl-C."""
     try:
         work()
     except UserError as error:

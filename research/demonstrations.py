@@ -1,4 +1,4 @@
-"""Correct tool-world demonstrations, and ones with exactly one defect, for the warm start of the embedded model."""
+"""Tool-world demonstrations, correct or with exactly one defect, for the warm start of the embedded model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def render_corrupted_demonstration(
 ) -> str:
     """Return a response text with exactly one defect, drawn at random unless given; it is never fully correct.
 
-    `missing_call` omits one of two calls, refuses if one call is due, and calls a tool if none is suitable. A sample
+    `missing_call` omits one of two calls, refuses where a call is right, and calls a tool where none fits. A sample
     without calls has no arguments to corrupt: every defect except `broken_tag` then adds a needless call.
     """
     # Corrupt the calls, not the text, and render them again: a wrong call stays well-formed and costs only accuracy.

@@ -160,9 +160,9 @@ def initialize_shift_heads(model: Any, offsets: Sequence[int] = (1, 2, 3), gain:
 def build_recall_batch(
     tokenizer: Any, rng: random.Random, batch: int, pairs: int, decision: Decision = "reasoning"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (ids_BT, labels_BT): pairs of a word and a quoted text, then the same pairs in another order.
+    """Return token ids and labels of pairs of a word and a quoted text, then the same pairs in another order.
 
-    Only the second mention of a quoted text is labeled (-100 elsewhere).
+    Only the second mention of a quoted text has labels; all others are -100. Shapes (`batch`, tokens).
     """
     # The model can predict the second mention only by copying the first, which trains the copy circuit that attention
     # finds slowly on the task itself.

@@ -1,4 +1,4 @@
-"""Shared statistics of the theory checks: figures of a weighting against a baseline, jackknife errors, thresholds."""
+"""Shared statistics of the theory checks: a weighting compared with a baseline, jackknife errors, thresholds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOMINANT_SHARE = 0.5
 
 
 class GradientFigures(NamedTuple):
-    """Effect of a weighting on the gradient of a batch of units; relative figures compare it with the baseline."""
+    """Effect of a token weighting on the gradient g of a batch of units (prompts), partly relative to a baseline."""
 
     variance: Estimate
     """Trace of the covariance of the batch's gradient."""
@@ -47,7 +47,7 @@ class GradientFigures(NamedTuple):
 
     @property
     def is_dominated(self) -> bool:
-        """Whether one unit dominates the second moment, so that the figures say little about the others."""
+        """Whether one unit dominates the second moment, so that the values say little about the other units."""
         return self.largest_share > DOMINANT_SHARE
 
     @classmethod
@@ -69,7 +69,7 @@ class GradientFigures(NamedTuple):
 
 
 def ratio_or_nan(above: float, below: float) -> float:
-    """Divide; NaN if the divisor is 0."""
+    """Return above / below; NaN if `below` is 0."""
     return float(divide_or_nan(above, below))
 
 
@@ -82,7 +82,7 @@ def largest_share(gradients_MN: Tensor, scales_M: Tensor | None = None) -> float
 
 
 def jackknife(count: int, statistic: Callable[[np.ndarray], float]) -> Estimate:
-    """Estimate `statistic`, a function of the kept positions out of 0 to count - 1, by leaving out each position."""
+    """Estimate a statistic with its jackknife error; it receives the positions kept out of 0 to `count` - 1."""
     every = np.arange(count)
     return Estimate.from_jackknife(
         np.array([statistic(every), *(statistic(np.delete(every, i)) for i in every)], dtype=float)
@@ -90,9 +90,9 @@ def jackknife(count: int, statistic: Callable[[np.ndarray], float]) -> Estimate:
 
 
 def critical_value(units: int, comparisons: int = 1) -> float:
-    """Return the number of standard errors beyond which a two-sided figure is significant.
+    """Return the number of standard errors beyond which an estimate is significant, two-sided.
 
     It is the quantile of Student's t with `units` - 1 degrees of freedom at the level of two normal standard errors,
-    divided by `comparisons` if the most extreme of several figures is picked (Bonferroni).
+    divided by `comparisons` if the most extreme of several estimates is picked (Bonferroni).
     """
     return float(t.isf(TWO_SIGMA_TAIL / 2 / comparisons, units - 1))

@@ -21,9 +21,9 @@ from rest_rl.probe.gradients import (
 def expected_squares(
     model: Any, prompt_ids: Sequence[int], response: Sequence[int], coordinates: Coordinates, seed: int = 0
 ) -> Tensor:
-    """Return an unbiased estimate of E_y |grad log pi(y | prompt, y_<t)|² at each position: float64 (T,) on the CPU.
+    """Return an unbiased estimate of E_y |grad log pi(y | prompt, y_<t)|² at each position t.
 
-    The expectation is over all tokens y of the vocabulary.
+    The expectation is over all tokens y of the vocabulary. Shape (T,), T response tokens, float64, on the CPU.
     """
     # A sum over V tokens would need V backward passes. With the Jacobian J of the logits, q = sqrt(p) and random signs
     # e, E_e |J'(q e - p (q . e))|² has the same expectation, because (diag q - p q')(diag q - p q')' = diag p - p p',

@@ -31,7 +31,7 @@ class PromptResponses(NamedTuple):
 
 
 class GroupSizeCurve(NamedTuple):
-    """Variance within prompts by group size for one kind of advantage, and its log-log slope (-1 in Lemma 1)."""
+    """Variance of a prompt's gradient by group size for one kind of advantage; the log-log slope is -1 in Lemma 1."""
 
     advantage: str
     sizes: tuple[int, ...]
@@ -69,7 +69,7 @@ ADVANTAGES: dict[str, Advantages] = {
 def measure_group_size_curves(
     prompts: Sequence[PromptResponses], *, repeats: int = 128, seed: int = 0
 ) -> list[GroupSizeCurve]:
-    """Return the curve of each kind of advantage over G = 2, 4, ... up to half the responses.
+    """Return, for each kind of advantage, the variance at group sizes 2, 4, ... up to half the responses.
 
     Each size averages over `repeats` random divisions of the responses into groups. Errors are jackknife errors over
     prompts. UserError for fewer than 3 prompts or 8 responses.

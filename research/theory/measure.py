@@ -58,7 +58,7 @@ Advance = Callable[[], None]
 
 @dataclass(frozen=True)
 class TheorySettings:
-    """Sizes of the measurement."""
+    """Sizes and settings of the measurement."""
 
     token_responses: int = 8
     """Responses per pilot prompt, as one group, for which every token's gradient is computed."""
@@ -78,7 +78,7 @@ class TheorySettings:
 
 
 class RuleFigures(NamedTuple):
-    """Figures of one weight rule on the same prompts as uniform weights."""
+    """Results of one weight rule, measured on the same prompts as uniform weights."""
 
     name: str
     weights: dict[str, float]
@@ -88,7 +88,7 @@ class RuleFigures(NamedTuple):
 
 
 class Theory(NamedTuple):
-    """All results."""
+    """All results of the theory checks."""
 
     group_size: tuple[GroupSizeCurve, ...]
     lemma_two: LemmaTwo
@@ -119,7 +119,7 @@ def measure(
     tokenizer: Any,
     advance: Advance = lambda: None,
 ) -> Theory:
-    """Measure everything, calling `advance` `count_steps` times.
+    """Run all theory checks on the pilot, judge the rules on `groups`, and call `advance` `count_steps(...)` times.
 
     Theorem 1 and the region optimum of Theorem 2 are left out if the pilot's rewards have too little spread.
     """
@@ -165,12 +165,12 @@ def has_spread(pilot: Sequence[SampledGroup], settings: TheorySettings) -> bool:
 
 
 def count_steps(pilot: int, groups: int) -> int:
-    """Return how often `measure` calls `advance`."""
+    """Return how often `measure` calls `advance` for these numbers of pilot and other groups."""
     return pilot + groups * (1 + -(-len(select_theory_rules()) // RULES_PER_PASS))
 
 
 def max_coordinates(longest: int, groups: int) -> int:
-    """Return how many entries to keep so that all gradients in memory stay within `MAX_GRADIENT_BYTES`.
+    """Return how many entries of each gradient to keep so that all gradients fit in `MAX_GRADIENT_BYTES`.
 
     `longest` is the number of tokens of the longest pilot response.
     """
@@ -179,12 +179,12 @@ def max_coordinates(longest: int, groups: int) -> int:
 
 
 def count_token_passes(pilot: Sequence[SampledGroup], count: int) -> int:
-    """Return the number of backward passes for single tokens in the pilot: two per token."""
+    """Return the number of backward passes for single tokens of the first `count` responses per prompt: two each."""
     return 2 * sum(len(response.ids) for group in pilot for response in group.responses[:count])
 
 
 def select_theory_rules() -> dict[str, WeightConfig]:
-    """Return the compared rules, uniform first: `built_in_rules` with one control, and the authors' constants."""
+    """Return the weight rules to compare: uniform, built-in rules, one shuffled control, the authors' constants."""
     every = built_in_rules()
     names = (UNIFORM, "rest", *(f"rest, {rule}" for rule in ENTROPY_RULES), "paper", "inverted", "top_entropy")
     names += (NO_REASONING, SHUFFLED[0])
@@ -197,7 +197,7 @@ def build_constant_rule(weights: Mapping[str, float]) -> WeightConfig:
 
 
 def measure_pilot(model: Any, pilot: Sequence[SampledGroup]) -> tuple[RegionStatistics, LemmaTwo]:
-    """Return mean entropy and collision mass by region over all pilot tokens, and Lemma 2 checked on each token."""
+    """Return mean entropy and collision mass of all pilot tokens by region, and the check of Lemma 2 on them."""
     sums = [torch.zeros(len(Region), dtype=torch.float64) for _ in range(3)]
     rows = []
     for group in pilot:
@@ -214,7 +214,7 @@ def measure_pilot(model: Any, pilot: Sequence[SampledGroup]) -> tuple[RegionStat
 
 
 def measure_responses(model: Any, group: SampledGroup, coordinates: Coordinates) -> PromptResponses:
-    """Return the inner products of the gradients 1 / T sum_t grad log pi(y_t) of the responses to a prompt."""
+    """Return the rewards of a prompt's responses, and inner products of the gradients of their mean log-probability."""
     vectors_nN = torch.zeros(len(group.responses), coordinates.size)
     for i, response in enumerate(group.responses):
         # One forward pass per response: in a shared one, each of the n backward passes would cross all n responses.
@@ -331,7 +331,7 @@ def judge_rules(
 
 
 class RuleJudge(NamedTuple):
-    """The true gradient and the norm caps against which the gradients of all rules are judged."""
+    """Compares the gradients of every rule with the true gradient, without and with a cap on each prompt's norm."""
 
     true_MN: Tensor
     caps: tuple[None, Tensor]

@@ -85,7 +85,7 @@ def solve_closed_form(betas_T: np.ndarray, shares_T: np.ndarray | None = None) -
 
 
 def solve_numerically(moments_RR: np.ndarray, shares_R: np.ndarray) -> np.ndarray:
-    """Return the weights w >= 0 that minimize w'Cw under sum share w = 1, with cross terms, by scipy's SLSQP."""
+    """Return the weights w >= 0 that minimize w'Cw under sum share w = 1, by scipy's SLSQP; C is `moments_RR`."""
     # Dividing by the trace brings the objective to order 1, which SLSQP's absolute tolerance `ftol` assumes. A diagonal
     # C is the case that the closed form solves.
     scale = float(np.trace(moments_RR)) or 1.0
@@ -122,7 +122,7 @@ def find_region_optimum(responses: Sequence[ResponseTokens], uncertainty_floor: 
 
 
 class Moments(NamedTuple):
-    """Mean second moments of the regions' parts of a gradient, token shares, and the quantities of the theorem."""
+    """Mean second moments of the regions' parts of a gradient, and what Theorem 2 computes the weights from."""
 
     moments_RR: np.ndarray
     """Measured second moments, with advantages and cross terms."""
@@ -141,7 +141,7 @@ class Moments(NamedTuple):
 
     @property
     def cross_share(self) -> float:
-        """Share of the off-diagonal terms."""
+        """Share of the products of different regions in the second moment under uniform weights."""
         return 1 - ratio_or_nan(float(np.trace(self.moments_RR)), float(self.moments_RR.sum()))
 
 
@@ -195,7 +195,7 @@ class MomentTable(NamedTuple):
         )
 
     def mean(self, kept: np.ndarray) -> Moments:
-        """Average over the responses to the prompts at these positions."""
+        """Return the mean over all responses to the prompts at the positions `kept`."""
         count = self.counts_P[kept].sum()
         # A floor for regions whose tokens are all certain: the entropy rule divides by the bound.
         bounds_R = self.bounds_PR[kept].sum(0) / np.maximum(self.tokens_PR[kept].sum(0), 1)
@@ -204,7 +204,7 @@ class MomentTable(NamedTuple):
         return Moments(self.sums_PRR[kept].sum(0) / count, shares_R, betas_R, np.maximum(bounds_R, self.floor))
 
     def cross_fit(self, name: str, kept: np.ndarray) -> float:
-        """Evaluate w'Cw, relative to uniform weights, of each half's solution on the other half; return the mean."""
+        """Return the second moment of solution `name` relative to uniform weights, cross-fitted between halves."""
         # Judged on its own half, a solution fitted to noise would always look better than uniform weights.
         halves = [self.mean(kept[kept % 2 == parity]) for parity in (0, 1)]
         return sum(halves[1 - i].relative(SOLUTIONS[name](halves[i])) for i in (0, 1)) / 2

@@ -135,7 +135,7 @@ def build_optimum_tables(theory: Theory, optimum: RegionOptimum) -> list[Table]:
 
 
 def mean_weight(theory: Theory, weights: dict[str, float]) -> float:
-    """Return the mean over tokens of region weights."""
+    """Return the mean weight of a token, given the weight of each region."""
     shares = {row.region: row.share for row in theory.regions}
     return sum(shares[region] * weight for region, weight in weights.items()) / sum(shares[r] for r in weights)
 
@@ -214,7 +214,7 @@ def format_significant(estimate: Estimate) -> str:
 
 
 def format_lead(lead: Estimate) -> str:
-    """Return a difference in units of its standard error, or a dash if the error is 0."""
+    """Return a lead over uniform weights in units of its standard error, or a dash if the error is 0."""
     return f"{lead.value / lead.error:+.1f}" if lead.error > 0 else format_estimate(Estimate(math.nan, math.nan), 1)
 
 
@@ -331,7 +331,7 @@ def rule_findings(rules: Sequence[RuleFigures], errors: float) -> list[str]:
 
 
 def is_resolved(rule: RuleFigures, field: str, sign: int, errors: float) -> bool:
-    """Return whether a lead has this sign by more than `errors` standard errors, with and without the cap."""
+    """Return whether a lead has this sign by more than `errors` standard errors, both with and without the norm cap."""
     leads: list[Estimate] = [getattr(own, field) for own in (rule.plain, rule.capped)]
     return rule.name != UNIFORM and all(sign * lead.value > errors * lead.error for lead in leads)
 
@@ -342,7 +342,7 @@ def eff_adam_or_neg_inf(rule: RuleFigures) -> float:
 
 
 def render_page(title: str, what: str, theory: Theory, batch: int, pictures: Sequence[Path]) -> str:
-    """Return the Markdown page; `pictures` are paths relative to it."""
+    """Return the Markdown page; `pictures` are paths relative to the page."""
     parts = [f"# {title}", what, "\n".join(f"* {line}." for line in findings(theory))]
     parts += [f"![]({path.as_posix()})" for path in pictures]
     tables = build_tables(theory)
@@ -357,5 +357,5 @@ def render_page(title: str, what: str, theory: Theory, batch: int, pictures: Seq
 
 
 def to_mapping(theory: Theory, settings: Any) -> dict[str, Any]:
-    """Return the JSON object, in which an estimate is [value, error]."""
+    """Return the results as values for JSON, with each estimate as a pair [value, error]."""
     return {"settings": to_plain(settings), **to_plain(theory), "findings": findings(theory)}

@@ -1,4 +1,4 @@
-"""Plots of the theory checks: variance by group size, gradient per uncertainty, the bound, gains of the rules."""
+"""Plots of the theory checks: variance by group size, gradient size by uncertainty, the bound, gains of the rules."""
 
 from __future__ import annotations
 

@@ -48,16 +48,16 @@ class ResponseTokens(NamedTuple):
 
     @property
     def bounds(self) -> np.ndarray:
-        """1 - exp(-H_t): (T,)."""
+        """Bound 1 - exp(-H_t) of Lemma 2, from the entropy H_t of each token. Shape (T,)."""
         return -np.expm1(-self.entropies_T)
 
     def second_moments(self) -> np.ndarray:
-        """Return A² sum_{t in r, u in s} <s_t, s_u> / T²: (R, R)."""
+        """Return the inner products of the parts that R regions contribute to the response's gradient. Shape (R, R)."""
         member_TR = np.eye(NUM_REGIONS)[self.regions_T]
         return self.advantage**2 * (member_TR.T @ self.gram_TT @ member_TR) / len(self.regions_T) ** 2
 
     def shares(self) -> np.ndarray:
-        """Return the share of the tokens in each region: (R,)."""
+        """Return the share of the tokens in each of R regions. Shape (R,)."""
         return np.bincount(self.regions_T, minlength=NUM_REGIONS) / len(self.regions_T)
 
 
@@ -99,7 +99,7 @@ class RegionContrast(NamedTuple):
 
 
 class BoundChain(NamedTuple):
-    """Steps from the measured second moment of a response's gradient to the bound; a ratio is the cost of a step."""
+    """Measured second moment, bound of Theorem 1, and the factor by which each of its assumptions raises the bound."""
 
     measured: Estimate
     """E|g|²."""
@@ -116,12 +116,12 @@ class BoundChain(NamedTuple):
 
     @property
     def looseness(self) -> float:
-        """Bound / measured."""
+        """`bound` divided by `measured`."""
         return ratio_or_nan(self.bound.value, self.measured.value)
 
 
 def check_lemma_two(logps_S: np.ndarray, entropies_S: np.ndarray, collisions_S: np.ndarray) -> LemmaTwo:
-    """Check 1 - sum p² <= 1 - exp(-H) on every token, and E|e_y - p|² = 1 - sum p² on the mean."""
+    """Check 1 - sum p² <= 1 - exp(-H) on every token, and E|e_y - p|² = 1 - sum p² on the mean of all tokens."""
     bounds_S = -np.expm1(-entropies_S)
     # |e_y - p|² = 1 - 2 p_y + sum p² = 2 (1 - p_y) - (1 - sum p²); its excess over 1 - sum p² has mean 0 on-policy.
     excess_S = 2 * (-np.expm1(logps_S) - collisions_S)
@@ -162,7 +162,7 @@ def summarize_regions(responses: Sequence[ResponseTokens]) -> list[RegionTokens]
 
 
 def contrast_regions(responses: Sequence[ResponseTokens], rows: Sequence[RegionTokens]) -> RegionContrast | None:
-    """Return the regions with the largest and the smallest E|s|² / (1 - exp(-H)); None for fewer than two regions."""
+    """Return the regions with the largest and smallest squared gradient per uncertainty; None for fewer than two."""
     known = [row for row in rows if row.share >= MIN_REGION_SHARE and row.square_per_bound.value > 0]
     if len(known) < 2:
         return None
@@ -204,23 +204,22 @@ def region_mean(
 
 
 def rank_correlation(responses: Sequence[ResponseTokens]) -> float:
-    """Return Spearman's correlation of 1 - exp(-H_t) with E_y |s_t|² over all tokens."""
+    """Return Spearman's correlation between the bound 1 - exp(-H_t) and E_y |s_t|² over all tokens t."""
     bounds, squares = (np.concatenate([pick(one) for one in responses]) for pick in (_bounds, _expected))
     return spearman(bounds, squares)
 
 
 def spearman(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> float:
-    """Return Spearman's rank correlation."""
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
 def largest_advantage(group_size: int) -> float:
-    """Return (G - 1) / sqrt(G), the standardized advantage of one response whose reward differs from all others."""
+    """Return (G - 1) / sqrt(G), the advantage of the only response with another reward in a group of G."""
     return (group_size - 1) / math.sqrt(group_size)
 
 
 def max_gain_square(responses: Sequence[ResponseTokens]) -> float:
-    """Return L², the largest E_y |s_t|² / (1 - sum p²) of any token that is not certain."""
+    """Return L² of Theorem 1, the largest E_y |s_t|² / (1 - sum p²) of all tokens that are not certain."""
     # Both sides of the ratio vanish for a certain token, so its gain would be rounding error.
     ratios = [
         one.expected_T[one.collisions_T > MIN_COLLISION] / one.collisions_T[one.collisions_T > MIN_COLLISION]
@@ -278,7 +277,7 @@ def compute_chain_terms(one: ResponseTokens, weights_T: np.ndarray, largest: flo
 def jackknife_prompts(
     responses: Sequence[ResponseTokens], statistic: Callable[[Sequence[ResponseTokens]], float]
 ) -> Estimate:
-    """Estimate a statistic by leaving out each prompt; the error is NaN if a single prompt determines it."""
+    """Estimate a statistic of the responses, with its jackknife error over prompts."""
     prompts = sorted({one.prompt for one in responses})
 
     def statistic_of_kept(kept: np.ndarray) -> float:
@@ -289,6 +288,6 @@ def jackknife_prompts(
 
 
 def jackknife_rows(rows: np.ndarray, prompts: Sequence[int], statistic: Callable[[np.ndarray], float]) -> Estimate:
-    """Estimate a statistic of the mean row by leaving out the rows of each prompt."""
+    """Estimate a statistic of the mean row, with its jackknife error over prompts; row i belongs to `prompts[i]`."""
     numbers, positions = np.unique(prompts, return_inverse=True)
     return jackknife(len(numbers), lambda kept: float(statistic(rows[np.isin(positions, kept)].mean(0))))

@@ -1,4 +1,4 @@
-"""Collects the run folders of a grid into a frozen `ComparisonReport`, which the renderers only format.
+"""Reads the run folders of a grid into a `ComparisonReport`, which contains every value that the page shows.
 
 The run folders are `DIR/runs/METHOD-SEED`, or `METHOD@START-SEED` if the grid has several starting models. A metric
 that a run did not record is missing, never 0.
@@ -52,7 +52,7 @@ MIN_EVALUATIONS = 4
 
 
 class Metric(NamedTuple):
-    """Definition of a metric of finished runs: its label in tables, and what it measures."""
+    """A metric of finished runs: its label in tables, what it measures, and whether it is a share from 0 to 1."""
 
     label: str
     text: str
@@ -91,7 +91,7 @@ PRIMARY_CANDIDATES = ("exact", "train_exact_end")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run of the grid, with its values by the keys of METRICS."""
+    """A finished run of the grid, with its value of each metric (by the keys of `METRICS`)."""
 
     name: RunName
     run: Run
@@ -99,13 +99,13 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The recorded configuration as one table whose keys are joined by dots."""
+        """The recorded configuration as one flat table, with keys such as `trl.learning_rate`."""
         return flatten(parse_recorded_run(self.run.config, str(self.run.folder)))
 
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One metric of a method: its values by seed, their mean, and the difference to the baseline."""
+    """One metric of a method: its values by seed, their mean, and the paired difference from the baseline."""
 
     by_seed: Mapping[int, float]
     mean: Interval
@@ -117,7 +117,7 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """All finished runs of one method from one warm start, and their metrics."""
+    """All finished runs of one method from one warm start (the model that they start from), and their metrics."""
 
     label: str
     method: str
@@ -129,7 +129,7 @@ class MethodResult:
     over_rest: Paired | None
     """Primary metric minus that of `rest` from the same warm start; None for `rest` itself, or if `rest` has no run."""
     over_permuted: Paired | None
-    """The same difference to `permuted`."""
+    """Primary metric minus that of `permuted` from the same warm start; None for `permuted`, or if it has no run."""
 
     @property
     def seeds(self) -> list[int]:
@@ -156,7 +156,7 @@ class ComparisonReport:
     reference: str
     """The baseline method that all others are compared with."""
     primary: str
-    """The key of METRICS on which the verdict rests."""
+    """The metric (a key of `METRICS`) on which the verdict rests."""
     lines: tuple[MethodResult, ...]
     """The methods by warm start, the baseline first."""
     unfinished: Mapping[str, str]
@@ -187,16 +187,16 @@ class ComparisonReport:
 
     @property
     def absent(self) -> list[str]:
-        """The labels of the methods without a finished run."""
+        """The labels of the methods that have no finished run."""
         present = {line.label for line in self.lines}
         return list(dict.fromkeys(name.label for name in self.unfinished_runs if name.label not in present))
 
     def headline(self, key: str) -> str:
-        """Return the metric to show for `key`: that over call turns if answer turns were measured too."""
+        """Return the metric to show instead of `key`: its version over call turns if answer turns were measured too."""
         return self.headlines.get(key, key)
 
     def line(self, method: str, start: str = "") -> MethodResult | None:
-        """Return the result of a method from a warm start; None without a finished run."""
+        """Return the result of a method from a warm start, or None if it has no finished run."""
         return next((line for line in self.lines if (line.method, line.start) == (method, start)), None)
 
     def rivals(self) -> list[MethodResult]:
@@ -204,18 +204,18 @@ class ComparisonReport:
         return [line for line in self.lines if line.method != self.reference]
 
     def judged(self, start: str | None = None) -> list[MethodResult]:
-        """Return the methods in the verdict: all rivals that have the primary metric, except the control `random`."""
+        """Return the methods in the verdict: all with the primary metric but the baseline and the control `random`."""
         rivals = [line for line in self.rivals() if start in (None, line.start)]
         return [line for line in rivals if self.primary in line.metrics and line.method != RANDOM]
 
     @property
     def is_single(self) -> bool:
-        """Whether the verdict is about only one method, so that p needs no correction for several tests."""
+        """Whether the verdict is about only one method; p values then need no correction for several tests."""
         return len(self.judged()) == 1
 
     @cached_property
     def shared_seeds(self) -> dict[str, int]:
-        """By method in the verdict, the number of seeds for which it and the baseline have the primary metric."""
+        """For each method in the verdict, the number of seeds with the primary metric in both it and the baseline."""
         tests = {line.label: line.metrics[self.primary].paired for line in self.judged()}
         return {label: test.n if test else 0 for label, test in tests.items()}
 
@@ -232,14 +232,14 @@ class ComparisonReport:
 
     @cached_property
     def detectable(self) -> float:
-        """The smallest difference that the grid detects with a power of 80 %, with all of its seeds."""
+        """The smallest true difference in the primary metric that `seeds` seeds detect with a power of 80 %."""
         return detectable_difference(self.sd, self.seeds)
 
 
 def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
     """Read the run folders of a grid, and compare every method with the baseline `reference` from the same warm start.
 
-    `grid` has the planned runs; None for runs that another program trained.
+    `grid` defines the planned runs; pass None if another program trained the runs.
     """
     runs, unfinished = read_runs(folder, grid, reference)
     headlines = {key: headline_metric(runs, key) for key in ALL_TURN_METRICS}
@@ -322,14 +322,14 @@ def compute_shares(run: Run, turn: Turn | None) -> dict[str, Any]:
 
 
 def slice_curve(run: Run, turn: Turn | None) -> dict[int, float]:
-    """Return the exact match of a run on the held-out slice, by step."""
+    """Return exact match on held-out prompts during training, by step; over all turns if `turn` is None."""
     return values_by_step(
         [{**scores_for_turn(row, turn), "step": row.get("step")} for row in run.evaluations], "exact_match"
     )
 
 
 def step_curves(runs: Sequence[FinishedRun]) -> tuple[dict[RunName, Curve], str]:
-    """Return, by run, the curve on which its steps to a target are counted, and a description of these curves."""
+    """Return each run's learning curve, used to count steps to a target, and a description of these curves."""
     # Exact match on the held-out slice if every run evaluated it often enough, otherwise on the training samples, which
     # are new to the policy when they are scored. Their curve is a trailing mean over a tenth of the steps: it uses no
     # later step, so that no run appears to reach a target before it does.

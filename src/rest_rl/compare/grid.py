@@ -1,7 +1,7 @@
 """A grid of runs: methods x warm starts x seeds, and the configuration of each run.
 
-A method is a table of changes to the base run. For one seed the runs of the package's methods differ only in `[rest]`:
-data, order of prompts, number of steps and evaluation are the same.
+A method is a table of changes to the base run. With the same seed, the runs of the package's methods
+differ only in the table `[rest]`: data, order of prompts, number of steps and evaluation are the same.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class RunName(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The method, with its warm start if the grid has several."""
+        """`METHOD`, or `METHOD@START` if the grid has warm starts."""
         return f"{self.method}@{self.start}" if self.start else self.method
 
     @classmethod
     def parse(cls, folder: str) -> RunName | None:
-        """Return the parts of the name of a run folder; None if it is not the name of a run of a grid."""
+        """Return the parts of a run folder's name, or None if the name has another form."""
         label, separator, seed = folder.rpartition("-")
         method, _, start = label.partition("@")
         return cls(method, start, int(seed)) if separator and method and seed.isdecimal() else None
@@ -72,7 +72,7 @@ class RunName(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """Methods x warm starts x seeds over one base run."""
+    """A plan of runs: every method from every warm start with every seed, each as a change to one base run."""
 
     base: Tables
     methods: Mapping[str, Tables]
@@ -101,7 +101,7 @@ class Grid:
                 raise UserError(f"{labels} are the same run", "methods that differ", "leave one of them out")
 
     def run_names(self) -> list[RunName]:
-        """Return the names of all runs, seed by seed: in an unfinished grid, all methods then have the first seeds."""
+        """Return the names of all runs: all methods with the first seed, then all with the second, and so on."""
         starts = (*self.starts,) or ("",)
         return [RunName(method, start, seed) for seed in self.seeds for start in starts for method in self.methods]
 
@@ -130,7 +130,7 @@ class Grid:
         return config
 
     def merge(self, older: Grid) -> Grid:
-        """Return this grid extended by an older one; UserError if the two differ in the base run or in a method."""
+        """Return this grid with the methods, starts and seeds of `older` added; UserError if a shared part differs."""
         ours, theirs = self._parts(), older._parts()
         changed = [key for key, table in theirs.items() if key in ours and ours[key] != table]
         if bool(self.starts) != bool(older.starts):
@@ -156,7 +156,7 @@ class Grid:
         return {key: without_none(table) for key, table in parts.items()}
 
     def to_files(self) -> dict[str, str]:
-        """Return the texts of grid.toml and base.toml, from which `read_grid` reads the same grid."""
+        """Return the texts of grid.toml and base.toml by file name; `read_grid` reads the same grid from them."""
         head = {
             "seeds": list(self.seeds),
             "reference": self.reference,
@@ -179,7 +179,7 @@ def wrap_method_error(label: str, error: ValueError) -> UserError:
 
 @dataclass(frozen=True)
 class GridTable:
-    """`[grid]` of a grid file."""
+    """The `[grid]` table of a grid file."""
 
     methods: tuple[str, ...] = ()
     """By default the methods of `[methods]` and the baseline; without `[methods]`, the package's except ablations."""
@@ -194,7 +194,7 @@ class GridTable:
 
 @dataclass(frozen=True)
 class GridFile:
-    """A grid file. `[base]` changes the base run; `[methods.NAME]` and `[starts.NAME]` change the resulting run."""
+    """The tables of a grid file: `[base]` changes the base run, `[methods.NAME]` and `[starts.NAME]` its copies."""
 
     grid: GridTable = field(default_factory=GridTable)
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -219,9 +219,9 @@ def read_grid(
     reference: str | None = None,
     is_recorded: bool = False,
 ) -> Grid:
-    """Read a grid from a file, or build one over the embedded run; arguments take precedence over the file.
+    """Read a grid from a file, or build one from the package's default run; arguments take precedence over the file.
 
-    Set `is_recorded` for the grid.toml that a grid wrote into its folder: deprecated keys then cause no warning.
+    Set `is_recorded` to read the grid.toml that `compare` has written: deprecated keys then cause no warning.
     """
     file = from_mapping(GridFile, {} if path is None else parse_toml(read_text(path), str(path)), "")
     file = file.with_present_keys(warn=not is_recorded)

@@ -1,4 +1,4 @@
-"""Trains the runs of a grid, each as a separate `rest-rl train` process: several at a time, resumable, stoppable.
+"""Trains the runs of a grid in separate `rest-rl train` processes, several at a time; users can stop and resume them.
 
 The process of a run locks its folder (`runlog.lock_run_folder`), so no run is trained twice. If an earlier command was
 killed and left its runs training, or another command starts the same run, this command waits for the lock's owner.
@@ -43,7 +43,7 @@ TAIL_LINES, TAIL_BYTES = 12, 16_384
 
 @dataclass
 class Job:
-    """One run of the grid, and its state."""
+    """One run of the grid: its configuration, files, process and state."""
 
     name: RunName
     config: RunConfig
@@ -71,7 +71,7 @@ class Job:
         return (self.folder / CONFIG).is_file() and is_finished(read_json_object(self.folder / SUMMARY))
 
     def last_metrics(self) -> dict[str, Any]:
-        """Return the newest complete row of the run's metrics; empty before the first step."""
+        """Return the newest row of metrics.jsonl that is completely written; empty before the first step."""
         # The last line may be incomplete because the run is writing it, the first because the tail starts inside it.
         for line in reversed(read_tail(self.folder / METRICS).split("\n")[:-1]):
             with suppress(ValueError):
@@ -84,7 +84,7 @@ class Job:
 
 
 def make_jobs(grid: Grid, out: Path) -> list[Job]:
-    """Return a job for each run of the grid; UserError if its folder contains a run with other settings."""
+    """Return a job for each run of the grid; UserError if a run's folder already contains a run with other settings."""
     jobs = []
     for name, wanted in grid.run_configs():
         folder = out / RUNS_FOLDER / str(name)
@@ -249,7 +249,7 @@ def format_exact_match(job: Job) -> str:
 
 
 def read_tail(path: Path, since: int = 0) -> str:
-    """Return at most the last 16 KiB of a file, and nothing before byte `since`; empty without the file."""
+    """Return the end of a file, at most 16 KiB and nothing before byte `since`; empty if the file cannot be read."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -261,7 +261,7 @@ def read_tail(path: Path, since: int = 0) -> str:
 
 @dataclass
 class StopRequests:
-    """How often the user has asked to stop, by Ctrl-C or SIGTERM."""
+    """The number of times that the user has asked to stop, by Ctrl-C or SIGTERM."""
 
     count: int = 0
     is_acknowledged: bool = False
@@ -300,7 +300,7 @@ def stop_jobs(jobs: Sequence[Job], *, at_once: bool = False) -> None:
 
 
 class Bar:
-    """A progress bar of the observer that is redrawn only when it changes."""
+    """A progress bar that is redrawn only when its position or its note changes."""
 
     def __init__(self, observer: Observer, what: str, total: int | None, done: int = 0) -> None:
         self.stack, self.shown = ExitStack(), (done, "")
@@ -314,7 +314,7 @@ class Bar:
 
 @contextmanager
 def progress_bars(jobs: Sequence[Job], observer: Observer) -> Iterator[Callable[[], None]]:
-    """Show a bar for the grid and one for each run in training; the yielded function updates them all."""
+    """Show one progress bar for the grid and one for each running job; the yielded function updates all of them."""
     whole, bars = Bar(observer, "runs", len(jobs)), dict[RunName, Bar]()
 
     def update() -> None:

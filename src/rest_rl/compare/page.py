@@ -72,7 +72,7 @@ RunCurve = Callable[[FinishedRun], Mapping[int, float]]
 
 
 def write_page(report: ComparisonReport) -> ComparisonReport:
-    """Write compare.md, compare.json and the plots into the grid's folder, and return the report with its page."""
+    """Write compare.md, compare.json and the plots into the grid's folder; return the report with `page` set."""
     folder = report.folder
     try:
         plots = draw_plots(report, folder / PLOTS)
@@ -87,7 +87,7 @@ def write_page(report: ComparisonReport) -> ComparisonReport:
 
 
 def terminal_table(report: ComparisonReport) -> tuple[str, tuple[str, ...], list[Row]]:
-    """Return the title, header and rows of the table of the primary metric by method."""
+    """Return the title, header and rows of a table that shows the primary metric of each method."""
     key = report.primary
     header = ("percent", "seeds", METRICS[key].label, f"- {report.reference}", p_or_q(report))
     rows: list[Row] = [(line.label, str(len(line.runs)), *format_test(line, key)) for line in report.lines]

@@ -36,13 +36,13 @@ def compare(
         grid: a grid file, the folder of an existing grid, or None for the package's methods.
         methods: names of methods, instead of those of the grid file.
         seeds: seeds of the runs, instead of those of the grid file.
-        base: the run file that the methods change; by default the embedded run.
+        base: the run file that the methods change; by default the package's run of the embedded model.
         overrides: changes to the base run, such as `trl.max_steps=100`.
         reference: the baseline method.
         out: the folder for the runs, their logs and the page.
         jobs: how many runs to train at a time. Ctrl-C stops them after their step, a second Ctrl-C at once.
         only_report: train nothing; only write the page about the finished runs.
-        dry_run: train and write nothing; show the observer a table of the grid.
+        dry_run: train and write nothing; only pass a table of the planned runs to the observer.
         observer: receives messages and progress.
 
     Raises:

@@ -30,7 +30,7 @@ Curve = Mapping[int, float]  # by training step
 
 
 class Paired(NamedTuple):
-    """The difference of one quantity between two methods on the same seeds: ours minus theirs."""
+    """The difference in one metric between two methods over the seeds that both have, and two tests of it."""
 
     n: int
     difference: Interval
@@ -55,10 +55,10 @@ class StepsToTarget(NamedTuple):
 
 
 def mean_interval(values: Sequence[float], bounds: tuple[float, float] | None = None) -> Interval:
-    """Return the mean with its Student interval, mean ± t(0.975, n - 1) s / sqrt(n).
+    """Return the mean of n values with its Student interval, mean ± t(0.975, n - 1) sd / sqrt(n).
 
-    The limits are NaN for fewer than two values and for equal values, which show no noise to measure. If all values are
-    0, the limits are 0 too. Limits are cut off at `bounds`, the range of the true mean, which loses no coverage.
+    The limits are NaN for fewer than two values and for equal values, which do not show any noise, except that they are
+    0 if all values are 0. `bounds` is the range of the true mean: limits are cut off there, which loses no coverage.
     """
     if not values:
         return Interval(NAN, NAN, NAN)
@@ -80,7 +80,7 @@ def sample_sd(values: Sequence[float]) -> float:
 
 
 def compare_paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paired:
-    """Return the difference on the seeds that both methods have, with its interval and two tests."""
+    """Return the mean of `ours` - `theirs`, values by seed, over the seeds in both, with its interval and two tests."""
     # Both methods of a seed see the same prompts in the same order, so the seed shifts both scores alike. Subtracting
     # seed by seed removes this shared part of the variance before the mean is taken.
     pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
@@ -95,7 +95,7 @@ def compare_paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Pa
 
 
 def t_test(differences: Sequence[float]) -> float:
-    """Return p of the t test against 0, two-sided: 1 if all differences are 0, NaN if they are equal but not 0."""
+    """Return the two-sided p of the t test for a mean of 0: 1 if all values are 0, NaN if they are equal but not 0."""
     if len(differences) < 2:
         return NAN
     if sample_sd(differences) == 0:
@@ -105,7 +105,7 @@ def t_test(differences: Sequence[float]) -> float:
 
 
 def sign_flip_test(differences: Sequence[float]) -> float:
-    """Return p of the sign-flip permutation test, two-sided; NaN without differences."""
+    """Return the two-sided p of the sign-flip permutation test for a mean of 0; NaN if there are no differences."""
     # If the methods are equal, each difference could as well have had the other sign. p is the share of the 2**n sign
     # assignments whose sum is at least as far from 0 as the observed one; no normal distribution is assumed.
     if not differences:
@@ -124,7 +124,7 @@ def sign_flip_test(differences: Sequence[float]) -> float:
 
 
 def paired_t_power(difference: float, sd: float, n: int) -> float:
-    """Return the power of a paired t test at the 5 % level: the chance that n seeds show a true difference."""
+    """Return the power of a paired t test: its chance of detecting a true difference at the 5 % level with n seeds."""
     # Under a true difference the t statistic has a noncentral t distribution; the power is the mass of both its tails
     # beyond the critical value.
     if n < 2 or not sd > 0:
@@ -155,14 +155,14 @@ def count_seeds_needed(difference: float, sd: float) -> int | None:
 
 
 def pooled_sd(groups: Sequence[tuple[float, int]]) -> float:
-    """Return the common standard deviation of groups of (sd, n), with variances weighted by n - 1."""
+    """Return the pooled standard deviation of groups, each given as (sd, n); variances are weighted by n - 1."""
     known = [(sd, n - 1) for sd, n in groups if n > 1 and not math.isnan(sd)]
     freedom = sum(weight for _, weight in known)
     return math.sqrt(sum(sd**2 * weight for sd, weight in known) / freedom) if freedom else NAN
 
 
 def area_under_curve(curve: Curve) -> float | None:
-    """Return the area under a curve divided by its range of steps (a mean over steps); None for fewer than 2 points."""
+    """Return the mean of a curve over its steps (area divided by range of steps); None for fewer than 2 points."""
     steps = sorted(curve)
     if len(steps) < 2:
         return None
@@ -172,7 +172,7 @@ def area_under_curve(curve: Curve) -> float | None:
 def steps_to_target(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], *, best: bool) -> StepsToTarget | None:
     """Compare how many steps two methods need to reach the baseline's last (or `best`) value, on their common seeds.
 
-    `ours` and `theirs`, the baseline, are smoothed curves by seed. Returns None without a common seed.
+    `ours` and `theirs` (the baseline) contain a smoothed curve for each seed. Returns None without a common seed.
     """
     # Both counts are first crossings of the same target, so the baseline compared with itself has exactly 1. The mean
     # over seeds is geometric, because ratios are multiplicative. It is NaN as soon as one seed never reaches its

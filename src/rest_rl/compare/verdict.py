@@ -237,12 +237,12 @@ def p_or_q(report: ComparisonReport) -> str:
 
 
 def format_points(interval: Interval) -> str:
-    """Return a difference in points, such as `+3.1 [+0.4, +5.8]`."""
+    """Return a difference of shares in percentage points, such as `+3.1 [+0.4, +5.8]`."""
     return format_interval(interval, 100, 1, sign="+")
 
 
 def format_interval(interval: Interval, scale: float, digits: int, sign: str = "") -> str:
-    """Return text such as `41.2 [38.0, 44.4]`: only the value without an interval, a dash without a value."""
+    """Return text such as `41.2 [38.0, 44.4]`; without limits only the value, and without a value a dash."""
     if math.isnan(interval.value):
         return "–"
     value, low, high = (f"{scale * number:{sign}.{digits}f}" for number in interval)

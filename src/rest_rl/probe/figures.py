@@ -1,4 +1,4 @@
-"""Figures of a probe, computed from sampled groups, their tokens and the inner products of gradients, without a model.
+"""Statistics of a probe, computed from sampled groups, their tokens and inner products of gradients, without a model.
 
 Shapes: M prompts with a group of responses each, R regions, T sampled tokens, K = R + 1 gradients of a prompt: g_r of
 every region in the order of `Region`, then t, the gradient of the expected reward. A leading axis "1+M" contains a
@@ -32,7 +32,7 @@ REGION_INDICES, TRUE_INDEX = list(Region), [NUM_REGIONS]
 
 
 class RuleSeries(NamedTuple):
-    """A weight rule, its mean weights by region, and its figures for one optimizer step."""
+    """A weight rule: its mean weights by region, its extreme region weights, and its effect on one optimizer step."""
 
     name: str
     weights: Mapping[str, float]
@@ -41,7 +41,7 @@ class RuleSeries(NamedTuple):
 
 
 class InnerProducts(NamedTuple):
-    """Mean inner products <a_m, b_n> of two stacks of gradients with one row per prompt."""
+    """Mean inner products of gradients a_m and b_n of prompts m and n: from all prompts, then without each prompt."""
 
     across_1M: np.ndarray
     """Mean over m != n: unbiased for <E a, E b>."""
@@ -53,7 +53,7 @@ class InnerProducts(NamedTuple):
     # column m from both sums; all M + 1 statistics cost O(M²).
     @classmethod
     def from_gram(cls, gram_MM: np.ndarray) -> InnerProducts:
-        """Compute both means from all products of M prompts, and again with each prompt left out."""
+        """Compute both means from the inner products <a_m, b_n> of all pairs of M prompts."""
         count = len(gram_MM)
         own_M = np.diagonal(gram_MM)
         others = gram_MM.sum() - own_M.sum()
@@ -67,7 +67,7 @@ class InnerProducts(NamedTuple):
         return cls.from_gram(sum_gram_blocks(gram_KMKM, left, right))
 
     def noise(self) -> np.ndarray:
-        """Return E<a, b> - <E a, E b>, the variance of one prompt's gradient if a is b: (1+M,)."""
+        """Return E<a, b> - <E a, E b>, the variance of one prompt's gradient if a = b. Shape (1+M,), M prompts."""
         return self.within_1M - self.across_1M
 
 
@@ -78,7 +78,7 @@ def sum_gram_blocks(gram_KMKM: np.ndarray, left: Sequence[int], right: Sequence[
 def compute_region_facts(
     groups: Sequence[SampledGroup], tokens: SampledTokens, gram_KMKM: np.ndarray
 ) -> tuple[dict[str, RegionFacts], LowEntropyFacts]:
-    """Compute the figures of every region that has tokens, and of the low-entropy regions together.
+    """Compute the statistics of every region that has tokens, and those of the low-entropy regions taken together.
 
     A region counts as low-entropy if its mean entropy is below the mean over all tokens.
     """
@@ -122,10 +122,10 @@ def compute_token_facts(tokens: SampledTokens) -> dict[str, TokenFacts]:
 
 
 def compute_difference_facts(groups: Sequence[SampledGroup], region: Region) -> DifferenceFacts:
-    """Measure how well a difference in a region predicts a difference in reward.
+    """Measure how well a difference between two responses in a region predicts a difference in their rewards.
 
-    A region differs between two responses of a group if its sampled token ids differ. The figures are NaN if all pairs
-    or no pairs differ in reward.
+    Two responses of a group differ in a region if their token ids there differ. The result is NaN if no pair differs in
+    reward; `auc` is also NaN if all pairs do.
     """
     # The predictor has two values, so its ROC curve has one corner and the area is
     # AUC = 1/2 + (hit rate - false alarm rate) / 2, with
@@ -179,13 +179,13 @@ def compute_gradient_facts(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> 
 
 
 def compute_signal_shares(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> np.ndarray:
-    """Return the share of some regions together in the signal, <E g_r, t> / <E g, t>: (1+M,)."""
+    """Return the share of `regions` in <E g, t>, from all M prompts, then without each of them. Shape (1+M,)."""
     along, signal = (InnerProducts.between(gram_KMKM, part, TRUE_INDEX) for part in (regions, REGION_INDICES))
     return divide_or_nan(along.across_1M, signal.across_1M)
 
 
 def measure_signal(gram_KMKM: np.ndarray) -> tuple[Estimate, Estimate, float]:
-    """Return figures of the unweighted gradient: signal <E g, t>, SNR of a prompt, a prompt's largest share in |g|²."""
+    """Return three statistics of the unweighted gradient, as `ProbeReport` defines them: `signal`, `snr`, `heaviest`."""
     whole_MM = sum_gram_blocks(gram_KMKM, REGION_INDICES, REGION_INDICES)
     square, along = InnerProducts.from_gram(whole_MM), InnerProducts.between(gram_KMKM, REGION_INDICES, TRUE_INDEX)
     squares_M = np.diagonal(whole_MM)
@@ -198,7 +198,7 @@ def measure_signal(gram_KMKM: np.ndarray) -> tuple[Estimate, Estimate, float]:
 
 
 def compute_rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> tuple[RuleFacts, ...]:
-    """Compare every rule with the first, which must have uniform weights, and with the mean of the shuffled rules."""
+    """Compare every rule with the first, which must be uniform, and with the mean of the rules named in `shuffled`."""
     base = rules[0].series
     gains = [relative_gain(rule.series.adam_1K, base.adam_1K) for rule in rules]
     control_1K = np.mean([own for own, rule in zip(gains, rules, strict=True) if rule.name in shuffled], axis=0)
@@ -218,7 +218,7 @@ def compute_rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> 
 
 
 def summarize_samples(groups: Sequence[SampledGroup], eos_ids: Collection[int]) -> SamplingFacts:
-    """Average scores and lengths; a response that does not end with one of `eos_ids` was cut off."""
+    """Average the scores and lengths of all responses; one that does not end with one of `eos_ids` was truncated."""
     no_spread = float(np.mean([len({response.reward for response in group.responses}) == 1 for group in groups]))
     rows = [
         (r.is_exact, r.s_format, r.s_acc, r.reward, not r.ids or r.ids[-1] not in eos_ids, len(r.ids))

@@ -26,7 +26,7 @@ class Coordinates:
     """Entries of the concatenated trainable parameters that a gradient vector keeps.
 
     A large model keeps a uniform random subset. An inner product over the subset times `scale` is an unbiased estimate
-    of the inner product over all entries; ratios of inner products (a cosine, eff) need no scale.
+    of the inner product over all entries; ratios of inner products, such as cosines, need no scale.
     """
 
     # All prompts share one subset, so that their vectors can be multiplied. It is drawn before any gradient is
@@ -52,21 +52,20 @@ class Coordinates:
 
     @property
     def num_parameters(self) -> int:
-        """Number of trainable entries."""
         return sum(self.parameter_sizes)
 
     @property
     def size(self) -> int:
-        """Number of kept entries N."""
+        """Number of kept entries, the N in shapes."""
         return len(self.indices_N)
 
     @property
     def scale(self) -> float:
-        """All entries divided by kept entries."""
+        """Number of all entries divided by the number of kept entries."""
         return self.num_parameters / self.size
 
     def gather(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Return the kept entries of one gradient per trainable parameter (None: zeros): float32 (N,) on the CPU."""
+        """Return the kept entries of `gradients`, one per trainable parameter (None: zeros). Shape (N,), on the CPU."""
         # `indices_N` is sorted, so each parameter owns one contiguous slice: only the kept entries leave the device.
         starts = list(accumulate(self.parameter_sizes, initial=0))
         bounds = torch.searchsorted(self.indices_N, torch.tensor(starts)).tolist()
@@ -79,7 +78,7 @@ class Coordinates:
 
 
 class TokenStatistics(NamedTuple):
-    """Log-probability, entropy (nats) and 1 - sum_v p_v² of tokens at temperature 1: float64 on the CPU, padding 0."""
+    """Log-probability, entropy (nats) and collision mass (1 - sum_v p_v²) of tokens at temperature 1; 0 for padding."""
 
     logps_BT: Tensor
     entropies_BT: Tensor
@@ -93,12 +92,15 @@ def compute_weighted_gradients(
     weights_KBT: Tensor,
     coordinates: Coordinates,
 ) -> Tensor:
-    """Return the gradient of sum_i sum_t weights[k, i, t] log pi(y_it | prompt, y_i<t) for each k.
+    """Return the gradient of sum_i sum_t weights_KBT[k, i, t] log pi(y_it | prompt, y_i<t) for each k.
 
-    With weights A_i w_it / (G T_i) it is the ascent direction of the on-policy GRPO objective: the negative gradient of
-    `rest_rl.loss.clipped_surrogate` at ratio 1. The model runs at temperature 1 in evaluation mode; its `.grad` and its
-    mode stay unchanged. Weights past the end of a response are ignored. The result, float32 (K, N) on the CPU, is a sum
-    over responses: split a batch that is too large for memory and add the results.
+    Here y_it is token t of response i. With G responses of T_i tokens, advantages A_i, token weights w_it, and
+    weights_KBT[k, i, t] = A_i w_it / (G T_i), this is the ascent direction of the on-policy GRPO objective: the negative
+    gradient of `rest_rl.loss.clipped_surrogate` at ratio 1.
+
+    The model runs at temperature 1 in evaluation mode; its `.grad` and its mode stay unchanged. Weights past the end of
+    a response are ignored. The result is a sum over responses: split a batch that is too large for memory and add the
+    results. Shape (K, N), N kept entries, float32, on the CPU.
     """
     # The objective is linear in the weights, so K weightings share one forward pass and its graph; each adds a backward
     # pass. `autograd.grad` does not touch `.grad`, and the last weighting that is not all 0 frees the graph.
@@ -123,7 +125,6 @@ def compute_weighted_gradients(
 
 
 def gather_gradient(value: Tensor, parameters: Sequence[Tensor], coordinates: Coordinates, *, retain: bool) -> Tensor:
-    """Return the kept entries of the gradient of a scalar: float32 (N,) on the CPU."""
     return coordinates.gather(torch.autograd.grad(value, parameters, retain_graph=retain, allow_unused=True))
 
 
@@ -149,7 +150,7 @@ def compute_token_statistics(
 
 
 def pad_responses(responses: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Return responses as (ids_BT, mask_BT), padded on the right."""
+    """Return the ids of B responses, padded on the right to T tokens, and the mask of real tokens. Shapes (B, T)."""
     if not responses:
         raise ValueError("no responses, expected at least one")
     width = max(map(len, responses))
@@ -164,7 +165,7 @@ def trainable_parameters(model: Any) -> list[Tensor]:
 
 
 def compute_response_logits(model: Any, prompt_ids: Sequence[int], ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the logits from which each response token was drawn: (B, T, V) on the model's device."""
+    """Return the logits from which each response token was drawn. Shape (B, T, vocabulary), on the model's device."""
     if not len(prompt_ids):
         raise ValueError("the prompt is empty, expected at least one token, which yields the first logits")
     batch, width = ids_BT.shape
@@ -184,7 +185,7 @@ def compute_response_logits(model: Any, prompt_ids: Sequence[int], ids_BT: Tenso
 
 
 def gather_logps(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Return the log-probabilities of the chosen tokens in float32 or float64: (B, T)."""
+    """Return the log-probabilities of the tokens `ids_BT`. Shape (B, T), float64 for float64 logits, else float32."""
     logits_BTV = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
     return logits_BTV.log_softmax(-1).gather(-1, ids_BT.unsqueeze(-1)).squeeze(-1)
 

@@ -54,7 +54,7 @@ class SampledBatch:
         progress: float = 0.0,
         advance: Advance = lambda: None,
     ) -> SampledBatch:
-        """Build the batch; one forward pass per group gives the entropy and collision mass of every token."""
+        """Build the batch. One forward pass per group gives the entropy and 1 - sum_v p_v² of every token."""
         responses = [response for group in groups for response in group.responses]
         ids_BT, mask_BT = pad_responses([response.ids for response in responses], tokenizer.pad_token_id)
         regions_BT, _ = pad_responses([response.regions for response in responses], Region.OTHER)
@@ -105,7 +105,7 @@ class SampledBatch:
 
 
 class MeasuredGradients(NamedTuple):
-    """Inner products of K = R + 1 gradients (one per region, then the true one), and the figures of each rule."""
+    """Inner products of all prompts' gradients by region and true gradients, and the effect of each rule on a step."""
 
     gram_KMKM: np.ndarray
     rules: tuple[RuleSeries, ...]
@@ -167,23 +167,23 @@ def measure_gradients(
 
 
 def count_progress_steps(groups: int, rules: int) -> int:
-    """Return how often `measure_gradients` calls `advance`."""
+    """Return how often `measure_gradients` calls `advance` for these numbers of groups and rules."""
     return groups * (1 + -(-(rules - 1) // RULES_PER_PASS))
 
 
 def batch_names(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield the names of the rules that share a forward pass."""
+    """Yield the names of rules in batches, each of which shares a forward pass."""
     for first in range(0, len(names), RULES_PER_PASS):
         yield names[first : first + RULES_PER_PASS]
 
 
 def slice_groups(groups: Sequence[SampledGroup]) -> list[slice]:
-    """Return the rows of each group in the batch."""
+    """Return, for each group, the slice of the batch that contains its responses."""
     return [slice(*ends) for ends in pairwise(accumulate((len(group.responses) for group in groups), initial=0))]
 
 
 def compute_grpo_weights(groups: Sequence[SampledGroup]) -> Tensor:
-    """Return the factor of each token's log-probability in the GRPO objective, A_i / (G T_i): float64 (B, T)."""
+    """Return the factor of each token in the GRPO objective: advantage / group size / response length. Shape (B, T)."""
     _, mask_BT = pad_responses([response.ids for group in groups for response in group.responses])
     sizes_B = torch.tensor([len(group.responses) for group in groups for _ in group.responses])
     advantages_B = torch.cat([group.advantages("grpo") for group in groups])
@@ -191,10 +191,10 @@ def compute_grpo_weights(groups: Sequence[SampledGroup]) -> Tensor:
 
 
 def compute_region_and_true_weights(groups: Sequence[SampledGroup]) -> Tensor:
-    """Return `compute_grpo_weights` split by region, then the weights of the true gradient: float64 (R + 1, B, T).
+    """Return `compute_grpo_weights` split by region, then the weights of the true gradient. Shape (R + 1, B, T).
 
-    The true gradient is that of the expected reward: REINFORCE, a sum over tokens with the mean reward of the group's
-    other responses as the baseline, which keeps it unbiased.
+    The true gradient is the gradient of the expected reward. REINFORCE estimates it without bias: a sum over tokens,
+    with the mean reward of the group's other responses as the baseline.
     """
     # (R_i - mean_-i) / G = (R_i - mean) / (G - 1), where mean_-i is the mean reward of the other responses.
     regions_BT, mask_BT = pad_responses(
@@ -208,7 +208,7 @@ def compute_region_and_true_weights(groups: Sequence[SampledGroup]) -> Tensor:
 def compute_gradients(
     model: Any, sampled: SampledBatch, weights_KBT: Tensor, coordinates: Coordinates, batch_size: int, advance: Advance
 ) -> Tensor:
-    """Return the gradient of each weighting and group: float32 (K, M, N)."""
+    """Return the gradients of K weightings for each of M groups, with N kept entries. Shape (K, M, N), float32."""
     vectors_KMN = torch.zeros(len(weights_KBT), len(sampled.groups), coordinates.size)
     for m, (rows, group) in enumerate(zip(slice_groups(sampled.groups), sampled.groups, strict=True)):
         group_KGT, ids = weights_KBT[:, rows], [response.ids for response in group.responses]
@@ -221,7 +221,7 @@ def compute_gradients(
 
 
 def compute_gram(vectors_KMN: Tensor, scale: float) -> np.ndarray:
-    """Return the inner products of all pairs: (K, M, K, M)."""
+    """Return the inner products of all pairs of vectors, multiplied by `scale`. Shape (K, M, K, M)."""
     # The products of a chunk are float32 (one BLAS call); adding the chunks in float64 keeps the rounding error small
     # over millions of coordinates.
     weightings, prompts, size = vectors_KMN.shape

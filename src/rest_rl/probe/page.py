@@ -50,7 +50,7 @@ class Table(NamedTuple):
 
 
 def build_formats_table(reports: Sequence[ProbeReport]) -> Table:
-    """Build the table that compares the formats."""
+    """Build the table that compares the reports of several tool-call formats."""
     rows = []
     for report in reports:
         own, advice = report.sampled, report.advice
@@ -157,7 +157,7 @@ def hide_noisy_cosine(cosine: Estimate) -> Estimate:
 
 
 def to_mapping(report: ProbeReport) -> dict[str, Any]:
-    """Return the report as a JSON object, in which an estimate is [value, error]."""
+    """Return the report as values for JSON, with each estimate as a pair [value, error]."""
     names = [field.name for field in dataclasses.fields(report) if field.name != "tokens"]
     figures = {name: to_plain(getattr(report, name)) for name in names}
     return {**figures, "verdict": [remark.text for remark in report.verdict], "recommendation": report.advice._asdict()}

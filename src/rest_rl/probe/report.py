@@ -43,14 +43,14 @@ class SampledTokens(NamedTuple):
     """1 - sum_v p_v²."""
 
     def sums(self, values_T: np.ndarray) -> np.ndarray:
-        """Sum values by prompt and region: float64 (M, R)."""
+        """Return the sum of the values of each prompt and region. Shape (M, R), M prompts and R regions, float64."""
         # One bin per pair of prompt and region.
         cells_T = self.prompts_T * NUM_REGIONS + self.regions_T
         return np.bincount(cells_T, weights=values_T, minlength=self.prompts * NUM_REGIONS).reshape(-1, NUM_REGIONS)
 
 
 class TokenFacts(NamedTuple):
-    """Token figures of a region: entropies in nats; `collision` is the mean of 1 - sum_v p_v²."""
+    """Statistics of the tokens of a region: entropies in nats; `collision` is the mean of 1 - sum_v p_v²."""
 
     number: int
     share: Estimate
@@ -72,7 +72,7 @@ class DifferenceFacts(NamedTuple):
 
 
 class GradientFacts(NamedTuple):
-    """Contribution of a region to the gradient g; t is the gradient of the expected reward."""
+    """Contribution g_r of a region r to the policy gradient g; t is the gradient of the expected reward."""
 
     norm_share: Estimate
     """E<g_r, g> / E|g|², which includes half of each overlap; the regions add up to 1."""
@@ -85,7 +85,7 @@ class GradientFacts(NamedTuple):
 
 
 class RegionFacts(NamedTuple):
-    """All figures of one region; regions without tokens are omitted."""
+    """All statistics of one region; regions without tokens have none."""
 
     tokens: TokenFacts
     differences: DifferenceFacts
@@ -113,7 +113,7 @@ class RuleFacts(NamedTuple):
 
 
 class SamplingFacts(NamedTuple):
-    """Figures of the sampled responses: shares and means over responses, except `no_spread`, a share of groups."""
+    """Shares and means over the sampled responses; `no_spread` is the share of groups whose rewards are all equal."""
 
     prompts: int
     group_size: int
@@ -127,12 +127,13 @@ class SamplingFacts(NamedTuple):
 
 
 class LowEntropyFacts(NamedTuple):
-    """All regions whose mean entropy is below the overall mean, together; `surplus` is `signal_share` - `share`."""
+    """Regions with a mean entropy below the overall mean: their share of the tokens and of the signal."""
 
     regions: tuple[str, ...]
     share: Estimate
     signal_share: Estimate
     surplus: Estimate
+    """signal_share - share."""
 
 
 class Remark(NamedTuple):
@@ -143,7 +144,7 @@ class Remark(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """The recommendation; rule, strength and clip range are settings of `[rest.weights]`, None for grpo."""
+    """The recommended preset and, for `rest`, its settings in `[rest.weights]` (None for `grpo`), with reasons."""
 
     preset: Literal["rest", "grpo"]
     rule: str | None
@@ -157,7 +158,7 @@ class Advice(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """All figures for one model, format and set of prompts, with the verdict and the recommendation."""
+    """All results for one model, format and set of prompts, with the verdict and the recommendation."""
 
     format: str
     sampled: SamplingFacts
@@ -187,17 +188,17 @@ class ProbeReport:
 
     @property
     def has_signal(self) -> bool:
-        """Whether the first-order improvement is significantly above 0."""
+        """Whether `signal` is significantly above 0."""
         return self.signal.is_above(0, SIGNIFICANT)
 
     @property
     def verdict(self) -> list[Remark]:
-        """Obstacles, the location of signal and noise, and the region that best predicts the reward."""
+        """Remarks on obstacles, on where signal and noise are, and on the region that best predicts the reward."""
         return [*obstacle_remarks(self), *signal_remarks(self), *auc_remarks(self)]
 
     @property
     def advice(self) -> Advice:
-        """The preset `rest` if its gain is significant and exceeds that of shuffled weights, else `grpo`."""
+        """The recommendation: `rest` if its gain is significant and exceeds that of shuffled weights, else `grpo`."""
         return recommend(self)
 
 

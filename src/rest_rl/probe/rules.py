@@ -1,4 +1,4 @@
-"""The weight rules that a probe compares with uniform weights: those of `rest`, its rivals, and controls."""
+"""The weight rules that a probe compares with uniform weights: variants of `rest`, other presets, and controls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHUFFLED = ("permuted 1", "permuted 2", "permuted 3")
 
 
 def select_rules(tool_format: str, run_rule: WeightRule) -> dict[str, WeightRule]:
-    """Return the rules that support a format, uniform weights first; the run's rule last if it is not among them."""
+    """Return the built-in rules that support a format, uniform first, and last `run_rule` if it is not built in."""
     rules = built_in_rules()
     if run_rule not in rules.values():
         rules["this run" if isinstance(run_rule, WeightConfig) else display_name(run_rule)] = run_rule

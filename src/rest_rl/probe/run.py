@@ -67,7 +67,7 @@ def probe(
         group: Responses per prompt, at least 2.
         seed: Seed for drawing prompts and for sampling.
         progress: Training progress in [0, 1] at which reward and curriculum are evaluated.
-        step: Prompts of the optimizer step to predict; the run's if None.
+        step: Prompts per optimizer step for which the effect is predicted; the run's if None.
         norm_cap: Scale down prompts whose gradient norm exceeds this multiple of the median; 0 for none.
         max_new_tokens: Maximum length of a response; the run's if None.
         batch_size: Responses per forward pass; the run's if None.
@@ -147,7 +147,7 @@ def probe_format(
 
 
 def resolve_run(model: str | Path | None, data: str | Path | None, overrides: Sequence[str]) -> RunConfig:
-    """Return the run that would train this model: the one of its run folder, or the package's with `overrides`."""
+    """Return the configuration of the model's run, or of the package's default run, with `data` and `overrides`."""
     # A supervised run is followed by reinforcement learning, so its model is probed under the preset `rest`. Held-out
     # prompts belong to the run's own data; with other data they are dropped.
     path, run, _ = resolve_origin(str(model)) if model else (None, None, None)
@@ -176,7 +176,7 @@ def build_sampling(
 
 
 def build_layouts(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
-    """Return a prompt layout for each distinct format; for the run's format if none is given."""
+    """Return a prompt layout for each distinct format, or only for the run's format if `formats` is empty."""
     tokenizer, variables = load_policy_tokenizer(config.model), config.model.chat_template_kwargs
     names = [
         resolve_format(name, tokenizer, variables, keeps_prompts=config.data.keep_prompts)[0]
@@ -211,7 +211,7 @@ def draw_prompts(
 
 
 def resolve_prompts_per_step(config: RunConfig, requested: int | None, num_prompts: int, observer: Observer) -> int:
-    """Return the prompts per step to predict: the requested number or the run's, limited by `num_prompts`."""
+    """Return the prompts per step of the prediction: the requested number or the run's, limited by `num_prompts`."""
     if requested is None:
         # TRL counts responses: a step has batch size x accumulation / group size prompts on one device.
         names = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 8}
@@ -225,7 +225,6 @@ def resolve_prompts_per_step(config: RunConfig, requested: int | None, num_promp
 
 
 def load_model(config: RunConfig, observer: Observer) -> Any:
-    """Load the model, on the accelerator if there is one."""
     with observer.track("loading"):
         model, _ = load_policy(replace(config.model, dtype=config.weights_dtype))
         return model.to(torch.accelerator.current_accelerator() or "cpu")
@@ -233,7 +232,7 @@ def load_model(config: RunConfig, observer: Observer) -> Any:
 
 @contextmanager
 def track_steps(observer: Observer, name: str, total: int) -> Iterator[Callable[[str], Callable[[], None]]]:
-    """Show one progress bar over several kinds of work; call `done("sampling")` once to get the step callback."""
+    """Show one progress bar for several kinds of work; the yielded function returns the step callback for a label."""
     pieces = count(1)
     with observer.track(name, total) as advance:
         yield lambda what: lambda: advance(next(pieces), note=what)
@@ -244,7 +243,7 @@ def label_model(model: str | Path | None) -> str:
 
 
 def choose_unused_folder(verb: str, model: str | Path | None, file: str) -> Path:
-    """Return runs/VERB-MODEL, with a number appended if results exist there."""
+    """Return the folder runs/VERB-MODEL, with a number appended if that folder already contains `file`."""
     base = f"runs/{verb}-{model_label(str(model))}" if model else f"runs/{verb}"
     names = chain([base], (f"{base}-{number}" for number in count(2)))
     return next(Path(name) for name in names if not (Path(name) / file).exists())
@@ -266,7 +265,7 @@ def create_folder(folder: Path, file: str) -> None:
 
 @contextmanager
 def convert_write_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError while writing results into a UserError; the results have been shown by then."""
+    """Turn an OSError while writing results into a UserError that suggests saving the printed results."""
     try:
         yield
     except OSError as error:

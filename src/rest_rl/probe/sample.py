@@ -21,7 +21,7 @@ from rest_rl.rewards import RewardRule, apply_reward, judge, uses_random_rewards
 
 
 class SampledResponse(NamedTuple):
-    """A scored response: `ids` with the end-of-sequence token, and the `Region` of each token."""
+    """A scored response; `ids` include the end-of-sequence token, and `regions` has the `Region` of each token."""
 
     ids: list[int]
     regions: list[int]
@@ -38,7 +38,7 @@ class SampledGroup(NamedTuple):
     responses: tuple[SampledResponse, ...]
 
     def advantages(self, kind: AdvantageKind = "grpo") -> Tensor:
-        """Return the advantage of each response within the group: float64 (G,)."""
+        """Return the advantage of each of the G responses within the group. Shape (G,), float64."""
         rewards_G = torch.tensor([response.reward for response in self.responses], dtype=torch.float64)
         return group_advantages(rewards_G, len(self.responses), kind)
 
@@ -67,7 +67,7 @@ class Sampling:
 
 
 def check_minimums(**values: tuple[int | None, int]) -> None:
-    """Raise UserError for the first (value, minimum) whose value is too small; None always passes."""
+    """Raise UserError for the first argument NAME=(value, minimum) whose value is too small; None always passes."""
     for name, (value, minimum) in values.items():
         if value is not None and value < minimum:
             what = name if name.startswith("--") else f"the {name.replace('_', ' ')}"

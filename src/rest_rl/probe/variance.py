@@ -40,9 +40,9 @@ class Estimate(NamedTuple):
 
     @classmethod
     def from_jackknife(cls, values_1M: np.ndarray) -> Estimate:
-        """Return the estimate from a statistic of all units, followed by the M statistics that leave one unit out.
+        """Return the estimate; `values_1M` has the statistic of all units, then the M statistics without one unit each.
 
-        The squared standard error is (M-1)/M sum_m (x_-m - mean)².
+        The squared standard error is (M-1)/M sum_m (x_m - mean)², where x_m is the statistic without unit m.
         """
         left_out_M = values_1M[1:]
         count = len(left_out_M)
@@ -55,7 +55,7 @@ class Estimate(NamedTuple):
 
 
 def leave_one_out_sums(sums_M: np.ndarray) -> np.ndarray:
-    """Return the sum over all units, then the sums that leave out one unit each: (1+M, ...)."""
+    """Return the sum over all M units, then the M sums that leave out one unit each. Shape (1+M, ...)."""
     total = sums_M.sum(0, keepdims=True)
     return np.concatenate([total, total - sums_M])
 
@@ -67,16 +67,16 @@ def divide_or_nan(above: np.ndarray | float, below: np.ndarray | float) -> np.nd
 
 
 def relative_gain(own: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Return own / baseline - 1; NaN where the baseline makes no progress."""
+    """Return `own` / `baseline` - 1; NaN where `baseline` is not above 0."""
     return divide_or_nan(own, np.where(baseline > 0, baseline, math.nan)) - 1
 
 
 class GradientSeries(NamedTuple):
-    """Figures of one token weighting for a batch of units: from all units, then with each of the K blocks left out.
+    """Statistics of the gradient g of a batch of units (prompts): from all units, then without each of K blocks.
 
-    `variance` is the trace of the covariance of the batch's gradient. `mean_square` is |E g|²; its estimate is unbiased
-    and can therefore be negative. `cosine` is the cosine between E g and the true gradient t, `true_norm` is |t|.
-    `progress` is <E g, t> / sqrt(E|g|²), the expected improvement of a step of length 1. `adam` is
+    `variance` is the trace of the covariance of g. `mean_square` is |E g|²; its estimate is unbiased and can therefore
+    be negative. `cosine` is the cosine between E g and the true gradient t, `true_norm` is |t|. `progress` is
+    <E g, t> / sqrt(E|g|²), the expected improvement of a step of length 1. With N coordinates j, `adam` is
     sum_j t_j E g_j / sqrt(E g_j²) / sqrt(N), the expected improvement of a step whose root mean square is 1 / sqrt(N)
     in every coordinate.
     """
@@ -90,16 +90,16 @@ class GradientSeries(NamedTuple):
 
     @property
     def noise_ratio(self) -> np.ndarray:
-        """Variance / |E g|²."""
+        """`variance` divided by `mean_square`; NaN where that is not above 0."""
         return divide_or_nan(self.variance_1K, np.maximum(self.mean_square_1K, 0.0))
 
 
 def compute_gradient_series(
     gradients_MN: Tensor, true_MN: Tensor, *, batch: int = 1, blocks: int = MAX_BLOCKS, scales_M: Tensor | None = None
 ) -> GradientSeries:
-    """Compute the figures of one weighting in a batch of `batch` units; UserError for too few units.
+    """Compute the statistics of one token weighting for a batch of `batch` units; UserError for too few units.
 
-    `scales_M` multiplies both vectors of each unit, see `compute_norm_scales`.
+    `scales_M` has a factor for both vectors of each unit, see `compute_norm_scales`.
     """
     sums = sum_by_block(gradients_MN, true_MN, blocks, scales_M)
     most = max_batch_size([one.units for one in sums])
@@ -113,7 +113,7 @@ def compute_gradient_series(
 
 
 class UnitSums(NamedTuple):
-    """Sums over units from which every figure follows; the sums of disjoint units can be added."""
+    """Sums over units from which all of `GradientSeries` follows; sums of disjoint sets of units can be added."""
 
     # g: gradients under the weighting; t: true gradients; gg, gt: products by coordinate; tt: sum of |t|².
     units: int
@@ -133,11 +133,11 @@ class UnitSums(NamedTuple):
 
     @property
     def signals(self) -> Tensor:
-        """E g_j t_j by coordinate (N,), from pairs of different units: sum_{m != n} g_m t_n / (M (M - 1))."""
+        """Estimates of E g_j t_j by coordinate j from pairs of different units: sum_{m != n} g_m t_n / (M (M - 1))."""
         return (self.g_N * self.t_N - self.gt_N) / (self.units * (self.units - 1))
 
     def second_moments(self, batch: int) -> Tensor:
-        """Return E g_j² of a batch of P units by coordinate (N,), never negative: mean² + s² (1/P - 1/M)."""
+        """Return estimates of E g_j² for a batch of P = `batch` units by coordinate j; they are never negative."""
         # mean² overestimates (E g_j)² by s²/M, the batch adds s²/P; P < M keeps the sum positive.
         mean_N = self.g_N / self.units
         spread_N = (self.gg_N / self.units - mean_N.square()).clamp_min(0) * self.units / (self.units - 1)
@@ -171,7 +171,7 @@ class HalfStatistics(NamedTuple):
         return cls(sums.signals, torch.where(moments_N > 0, moments_N.rsqrt(), 0.0))
 
     def progress(self, other: HalfStatistics) -> float:
-        """Multiply the signals of each half by the scales of the other, and average both."""
+        """Return the expected improvement after Adam's scaling; signals and scales come from different halves."""
         both = self.signals_N @ other.inverse_N + other.signals_N @ self.inverse_N
         return float(both) / 2 / math.sqrt(len(self.signals_N))
 
@@ -196,24 +196,24 @@ def compute_adam_progress(sums: Sequence[UnitSums], batch: int) -> np.ndarray:
 
 
 def generate_halvings(blocks: int) -> Iterator[list[int]]:
-    """Yield the half, 0 or 1, of each of 2^k blocks in k ways."""
+    """Yield k ways to split 2^k blocks into halves, each as a list with 0 or 1 for every block."""
     # Split k by bit k of the block's number: any two blocks differ in a bit, so some split separates every pair.
     for bit in range(blocks.bit_length() - 1):
         yield [number >> bit & 1 for number in range(blocks)]
 
 
 def choose_num_blocks(units: int) -> int:
-    """Return the largest power of two, at most 16, that leaves enough units for each block."""
+    """Return the number of blocks for the jackknife: the largest power of two up to `units` - 2, from 4 to 16."""
     return 2 ** (min(MAX_BLOCKS, max(4, units - 2)).bit_length() - 1)
 
 
 def max_prompts_per_step(units: int) -> int:
-    """Return the largest step, in prompts, that `units` prompts can predict."""
+    """Return the largest number of prompts per step whose gain can be estimated from `units` prompts."""
     return max_batch_size([len(own) for own in np.array_split(np.arange(units), choose_num_blocks(units))])
 
 
 def max_batch_size(sizes: Sequence[int]) -> int:
-    """Return the largest batch that blocks of these sizes can predict."""
+    """Return the largest batch, in units, whose gain can be estimated from blocks of these sizes."""
     # At most a quarter of the units, and less than a half of the blocks with one left out: as P approaches the number M
     # of units in a half, (1/P - 1/M) approaches 0 and Adam would divide by the squared mean, which is mostly noise.
     halves = [
@@ -225,7 +225,7 @@ def max_batch_size(sizes: Sequence[int]) -> int:
 
 
 def compute_norm_scales(baseline_MN: Tensor, cap: float) -> Tensor:
-    """Return the factors that limit each unit's norm to `cap` times the median of the nonzero norms: float64 (M,).
+    """Return the factor of each of M units that limits its norm to `cap` times the median nonzero norm. Shape (M,).
 
     Every weighting gets the factors of the baseline, so that rules stay comparable. The figures then describe the
     typical unit instead of the expectation.

@@ -82,7 +82,7 @@ CHARTS = (
 def write_html_report(
     folders: Sequence[str | Path], out: str | Path | None = None, responses: int = MAX_RESPONSES
 ) -> Path:
-    """Write one HTML page about run folders, with about `responses` responses at most, and return its path.
+    """Write one HTML page about run folders, with at most about `responses` responses, and return its path.
 
     `out` is a folder or a file that ends in .html; by default it is the folder of a single run.
 
@@ -107,7 +107,7 @@ def write_html_report(
 
 
 def build_page_data(runs: Sequence[Run], limit: int = MAX_RESPONSES) -> tuple[Row, bytes]:
-    """Return everything that the page shows: JSON values, and the columns of tokens as bytes."""
+    """Return everything that the page shows: values for JSON, and the columns of `TokenColumns` as bytes."""
     groups = group_runs(runs)
     order = [run for group in groups for run in group.runs]
     turn = headline_turn_of_runs(order)
@@ -211,7 +211,7 @@ def build_series(line: Curve, group: int) -> Row:
 
 
 def downsample(line: Curve) -> Curve:
-    """Reduce a curve to at most `MAX_POINTS` points; the band keeps the extremes, so that no spike disappears."""
+    """Reduce a curve to at most `MAX_POINTS` points; the band still covers all extremes, so spikes stay visible."""
     if len(line.steps) <= MAX_POINTS:
         return line
     size = -(-len(line.steps) // MAX_POINTS)
@@ -261,7 +261,7 @@ def compress_to_base64(content: bytes) -> str:
 
 
 def source_hash(text: str) -> str:
-    """Return the hash by which a content security policy allows an inline element."""
+    """Return the hash by which a content security policy allows this inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

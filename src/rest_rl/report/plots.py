@@ -178,7 +178,7 @@ def find_gaps(steps: Sequence[int]) -> list[int]:
 
 
 def with_gaps(values: Sequence[float], breaks: Sequence[int]) -> list[float]:
-    """Return the values with a NaN before each break, where matplotlib interrupts the line."""
+    """Return the values with a NaN before each position in `breaks`, where matplotlib then interrupts the line."""
     return [item for i, value in enumerate(values) for item in ((math.nan, value) if i in breaks else (value,))]
 
 

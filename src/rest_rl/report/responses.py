@@ -1,4 +1,4 @@
-"""Recorded responses for the HTML report: tokens with their regions and numbers, scores, and the mistakes.
+"""Recorded responses for the HTML report: tokens with region, weight, entropy and log-probability; scores; mistakes.
 
 If a run recorded no tokens, the page shows words, colored by the regions into which the text parses. A field of a row
 that has the wrong type or length counts as missing. The tokens of all responses are stored in shared columns, one
@@ -45,7 +45,7 @@ FLAG_LABELS: Mapping[Flag, str] = {
 
 
 class Pieces(NamedTuple):
-    """A response split into tokens, or into words if none were recorded; missing numbers are empty lists."""
+    """A response as tokens, or as words if no tokens were recorded; lists of unrecorded values are empty."""
 
     texts: list[str]
     regions: list[int]
@@ -59,7 +59,7 @@ class Pieces(NamedTuple):
 
 
 class TokenColumns:
-    """The tokens of all responses, by column: index of the text in `words`, numbers in thousandths, and region."""
+    """The tokens of all responses: index of the text, thousandths of weight, entropy and -log-probability, region."""
 
     def __init__(self) -> None:
         self.words = array("I")
@@ -81,7 +81,7 @@ class TokenColumns:
         return self.weights, self.entropies, self.surprises
 
     def as_bytes(self) -> bytes:
-        """Return all columns one after the other, little-endian: one of uint32, three of uint16, one of uint8."""
+        """Return all columns, little-endian: text indices as uint32, thousandths as uint16, regions as uint8."""
         columns = (self.words, *self.numbers)
         assert [column.itemsize for column in columns] == [4, 2, 2, 2]
         if sys.byteorder == "big":
@@ -105,7 +105,7 @@ class StringTable:
 
 
 def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
-    """Return about `limit` responses at most, the shared words, prompts and gold that they index, and token columns."""
+    """Return at most about `limit` responses and their shared texts as values for JSON, and their tokens as bytes."""
     words, prompts, golds, columns = StringTable(), StringTable(), StringTable(), TokenColumns()
     packed: list[Row] = []
     for index, run in enumerate(runs):
@@ -123,7 +123,7 @@ def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
 
 
 def select_rows(rows: Sequence[Row], limit: int) -> list[Row]:
-    """Return rows of evenly spaced steps, including the first and the last: all rows of a step if `limit` allows."""
+    """Return at most `limit` rows, from evenly spaced steps, and all rows of a step if possible."""
     # The steps are evenly spaced by their index. Each keeps equally many rows, all if `limit` allows.
     if len(rows) <= limit:
         return list(rows)

@@ -82,7 +82,7 @@ def group_labels(settings: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested tables as one table whose keys are joined by dots."""
+    """Return nested tables as one flat table, with keys such as `trl.learning_rate`."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -90,7 +90,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def last_finished_step(run: Run) -> int:
-    """Return the last step that a run has finished; runs without metrics record it in timing and summary."""
+    """Return the last step that a run has finished; without metrics it is read from the timing and the summary."""
     rows = (*run.metrics, *run.timing, {"step": run.summary.get("steps")})
     return max(step_of(row) for row in rows)
 
@@ -132,7 +132,7 @@ def headline_turn(evaluations: Iterable[Mapping[str, Any] | None]) -> Turn | Non
     """Return "calls" if the headline score covers call turns only, None if it covers all turns.
 
     It covers call turns if every evaluation has scores on call turns and at least one has scores on answer turns too.
-    If one evaluation does not separate them, all are compared over all turns: different turns never mix.
+    If one evaluation does not separate them, all scores cover all turns, so that only equal turns are compared.
     """
     measured = [scores for scores in evaluations if scores and is_number(scores.get("exact_match"))]
     counts = [[(scores.get(turn) or {}).get("n", 0) for turn in TURNS] for scores in measured]
@@ -140,18 +140,18 @@ def headline_turn(evaluations: Iterable[Mapping[str, Any] | None]) -> Turn | Non
 
 
 def scores_for_turn(scores: Mapping[str, Any] | None, turn: Turn | None) -> Mapping[str, Any]:
-    """Return the scores of an evaluation, sampled and `greedy`, over one kind of turn, or over all turns for None."""
+    """Return the sampled scores, and the greedy ones under `greedy`, over one kind of turn; over all turns for None."""
     scores = scores or {}
     return scores if turn is None else {**(scores.get(turn) or {}), "greedy": (scores.get("greedy") or {}).get(turn)}
 
 
 def headline_turn_of_runs(runs: Iterable[Run]) -> Turn | None:
-    """Return the `headline_turn` of the evaluations of runs before and after training."""
+    """Return the `headline_turn` of all evaluations of these runs before and after training."""
     return headline_turn(run.summary.get(when) for run in runs for when in ("before", "after"))
 
 
 def headline_key(runs: Sequence[Run], key: str) -> str:
-    """Return the key of a training metric, over call turns only if every run logs call and answer turns separately."""
+    """Return `key`, or the key of the metric over call turns if every run logs it and any logs answer turns too."""
     known = [names for run in runs if key in (names := {name for row in run.metrics for name in row})]
     split = [{f"{key}_{turn}" for turn in TURNS} & names for names in known]
     is_split = known and all(f"{key}_calls" in own for own in split) and any(len(own) == 2 for own in split)
@@ -239,7 +239,7 @@ def before_after_row(name: str, before: Mapping[str, Any] | None, after: Mapping
 
 
 def format_percent(value: float | None) -> str:
-    """Return a share in percent; a dash if it was not measured."""
+    """Return a share in percent without the sign, such as `41.2`; a dash for None."""
     return f"{100 * value:.1f}" if value is not None else "–"
 
 
@@ -261,7 +261,7 @@ def escape_cell(cell: Any) -> str:
 
 
 def format_mean_and_sd(values: Sequence[float]) -> str:
-    """Return text such as `0.412 ± 0.013`; only the value if there is one, a dash if there is none."""
+    """Return text such as `0.412 ± 0.013`; a single value without `±`, and a dash for no values."""
     if not values:
         return "–"
     mean, sd = mean_and_sd(values)

@@ -18,10 +18,10 @@ __all__ = ["Diagnosis", "Finding", "diagnose"]
 
 
 class Diagnosis:
-    """The diagnosis of a run while it trains; `findings` has the figures of the last row that showed each finding."""
+    """The diagnosis of a run while it trains; each finding quotes the last metrics that showed the problem."""
 
     def __init__(self, table: Mapping[str, Any]) -> None:
-        """Start without rows. `table` is the run's config.toml; missing settings have the trainer's defaults."""
+        """Start without metrics. `table` is the run's config.toml; missing settings have the trainer's defaults."""
         self._settings = DiagnosisSettings.from_table(table)
         self._history = History(SecondMoment(self._settings.beta2, self._settings.max_norm))
         self._found: dict[str, Finding] = {}
@@ -32,7 +32,7 @@ class Diagnosis:
         return list(self._found.values())
 
     def add(self, row: Mapping[str, Any], total: int = 0) -> list[Finding]:
-        """Add a row of metrics.jsonl and return new findings. `total` is the number of steps if the table sets none."""
+        """Add a row of metrics.jsonl and return new findings; `total` is the step count if config.toml has none."""
         self._history.add(row)
         settings = self._settings.with_total_steps(total)
         new = []
@@ -46,7 +46,7 @@ class Diagnosis:
         return new
 
     def add_evaluation(self, row: Mapping[str, Any]) -> None:
-        """Add an evaluation; the next row of metrics takes it into account."""
+        """Add a row of evaluations.jsonl; the next call of `add` takes it into account."""
         self._history.evaluations.append(row)
 
 

@@ -33,11 +33,11 @@ class WindowMean(NamedTuple):
     last: int
 
     def exceeds(self, limit: float, errors: float) -> bool:
-        """Return whether the mean is above the limit by more than this number of standard errors."""
+        """Return whether the mean is above `limit` by more than `errors` standard errors."""
         return self.value - errors * self.error > limit
 
     def is_above(self, other: WindowMean, errors: float, min_difference: float = 0.0) -> bool:
-        """Return whether the mean exceeds another by `min_difference` and by `errors` standard errors of both."""
+        """Return whether the mean exceeds `other` by `min_difference` and by `errors` standard errors of both means."""
         return self.value - other.value > max(min_difference, errors * math.hypot(self.error, other.error))
 
 
@@ -63,25 +63,25 @@ class MetricSeries:
             self._best = end
 
     def window_mean(self, end: int) -> WindowMean:
-        """Return the mean over the window that ends before row `end`; near the start the window is shorter."""
+        """Return the mean over the `WINDOW` rows before row `end`, or over fewer rows near the start."""
         steps = self.steps[max(0, end - WINDOW) : end]
         return WindowMean(self._window(end) / len(steps), self.scatter() / math.sqrt(len(steps)), steps[0], steps[-1])
 
     def scatter(self) -> float:
-        """Return the standard deviation of single rows around their trend."""
+        """Return the standard deviation of single values around their slow trend."""
         return math.sqrt(math.fsum(self._squares) / (2 * len(self._squares))) if self._squares else 0.0
 
     def best_window(self) -> WindowMean | None:
-        """Return the highest mean over a window that does not overlap the newest; `first_window` if none exists yet."""
+        """Return the highest mean over a window that does not overlap the newest; `first_window()` if none exists."""
         return self.window_mean(self._best) if self._best else self.first_window()
 
     def first_window(self) -> WindowMean | None:
-        """Return the mean over the first window without rows of the newest window; None if no row is left."""
+        """Return the mean over the first window, without rows that are also in the newest; None if that leaves none."""
         end = min(WINDOW, len(self.values) - WINDOW)
         return self.window_mean(end) if end > 0 else None
 
     def fit_trend(self) -> tuple[float, float]:
-        """Return the rise of the least-squares line from the first row to the last, and its standard error."""
+        """Return the rise of the least-squares line from the first row to the last, with its standard error."""
         # The x axis is the row number, so all sums have closed forms and the cost per call is constant. Needs two rows.
         rows = len(self.values)
         squares = rows * (rows**2 - 1) / 12  # sum of (row - middle)^2
@@ -96,7 +96,7 @@ class SecondMoment:
     """Adam's average of squared gradient norms, up to a constant factor, and the step that contributes most to it."""
 
     def __init__(self, decay: float, max_norm: float) -> None:
-        """Start at zero. `decay` is Adam's beta2; norms are clipped to `max_norm` first, unless it is 0."""
+        """Start at zero. `decay` is Adam's beta2. Norms are clipped to `max_norm` first; 0 means no clipping."""
         self.decay, self.max_norm = decay, max_norm
         self.step, self.norm = 0, 0.0
         self._total, self._peak = 0.0, 0.0
@@ -111,7 +111,7 @@ class SecondMoment:
 
     @property
     def peak_share(self) -> float:
-        """The share of the average that the largest single step contributes."""
+        """The largest share that a single step contributes to the average."""
         return self._peak / self._total if self._total > 0 else 0.0
 
 
@@ -156,33 +156,33 @@ class History:
             self.second_moment.add(self.step, float(norm))
 
     def current_series(self, key: str) -> MetricSeries | None:
-        """Return the series of a metric if it fills a window and has a value in the newest row, else None."""
+        """Return the series of a metric if its values fill a window and the newest row has one, else None."""
         series = self._series.get(key)
         is_current = series is not None and len(series.values) >= WINDOW and series.steps[-1] == self.step
         return series if is_current else None
 
     def newest_window(self, key: str) -> WindowMean | None:
-        """Return the mean over the newest window."""
+        """Return the mean of a metric over the newest window; None if `current_series` is None."""
         series = self.current_series(key)
         return series.window_mean(len(series.values)) if series else None
 
     def first_window(self, key: str) -> WindowMean | None:
-        """Return the mean over the first window, without the rows that are also in the newest window."""
+        """Return the mean of a metric over its first window, without rows that are also in the newest window."""
         series = self.current_series(key)
         return series.first_window() if series else None
 
     def best_window(self, key: str) -> WindowMean | None:
-        """Return the highest mean over a window that does not overlap the newest window."""
+        """Return the highest mean of a metric over a window that does not overlap the newest window."""
         series = self.current_series(key)
         return series.best_window() if series else None
 
     def find_fall(self, key: str, min_difference: float = 0.0) -> tuple[WindowMean, WindowMean] | None:
-        """Return the highest and newest window means if the newest is lower beyond noise and by `min_difference`."""
+        """Return the highest and the newest window mean if the newest is lower by both noise and `min_difference`."""
         best, now = self.best_window(key), self.newest_window(key)
         return (best, now) if best and now and best.is_above(now, self.threshold, min_difference) else None
 
     def window_ending_at(self, key: str, step: int) -> WindowMean | None:
-        """Return the mean over the window that ended at `step`."""
+        """Return the mean of a metric over the window that ended at `step`; None if there is none."""
         series = self.current_series(key)
         end = bisect_right(series.steps, step) if series else 0
         return series.window_mean(end) if series and end else None
@@ -191,12 +191,12 @@ class History:
         return self._series[key].values if key in self._series else []
 
     def newest_values(self, key: str) -> list[float]:
-        """Return the values in the newest window; empty if the window is not full."""
+        """Return the values of a metric in the newest window; empty if the window is not full."""
         series = self.current_series(key)
         return series.values[-WINDOW:] if series else []
 
     def find_labels(self, prefix: str) -> list[str]:
-        """Return the rest of the name of every metric that starts with this prefix."""
+        """Return the names of all metrics that start with `prefix`, without the prefix."""
         return [key.removeprefix(prefix) for key in self._series if key.startswith(prefix)]
 
 
@@ -207,5 +207,4 @@ def step_of(row: Mapping[str, Any]) -> int:
 
 
 def has_finite_square(value: Any) -> TypeGuard[float]:
-    """Return whether a JSON value is a number whose square is finite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_MAGNITUDE

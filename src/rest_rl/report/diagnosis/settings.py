@@ -26,7 +26,7 @@ NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty
 
 @dataclass(frozen=True)
 class DiagnosisSettings:
-    """The settings of a run that the symptoms read; those that the run did not set have the trainer's defaults."""
+    """The settings of a run that the diagnosis reads, with the trainer's defaults for settings that the run lacks."""
 
     group_size: int = 8
     max_length: int | None = None
@@ -55,7 +55,7 @@ class DiagnosisSettings:
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> DiagnosisSettings:
-        """Read the settings from a run's config.toml, leaving out what is unreadable in an old or damaged file."""
+        """Read the settings from a run's config.toml; tables that cannot be parsed (old or damaged) are left out."""
         config = parse_readable_tables(table)
         trl, rule = config.trl, None
         # resolve() raises for supervised presets, and for a user's rule whose module is not installed here. Fields of
@@ -105,7 +105,7 @@ class DiagnosisSettings:
 
     @property
     def most_groups_threshold(self) -> float:
-        """The share s of, say, truncated responses beyond which most groups contain one: 1 - (1 - s)^G > 1/2."""
+        """The share s of (say) truncated responses above which most groups of G contain one: 1 - (1 - s)^G > 1/2."""
         return 1 - 0.5 ** (1 / self.group_size)  # 0.083 for groups of 8
 
     @property
@@ -114,7 +114,7 @@ class DiagnosisSettings:
 
     @property
     def limit_text(self) -> str:
-        """Text such as ` of 96 tokens`; empty if the limit is unknown."""
+        """The maximum length of a response as text such as ` of 96 tokens`; empty if it is unknown."""
         return f" of {self.max_length} tokens" if self.max_length else ""
 
     @property
