@@ -179,13 +179,13 @@ def compute_gradient_facts(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> 
 
 
 def compute_signal_shares(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> np.ndarray:
-    """Return the share of `regions` in <E g, t>, from all M prompts, then without each of them. Shape (1+M,)."""
+    """Return the share of `regions` in <mean gradient, true gradient>, with and without each prompt. Shape (1+M,)."""
     along, signal = (InnerProducts.between(gram_KMKM, part, TRUE_INDEX) for part in (regions, REGION_INDICES))
     return divide_or_nan(along.across_1M, signal.across_1M)
 
 
 def measure_signal(gram_KMKM: np.ndarray) -> tuple[Estimate, Estimate, float]:
-    """Return three statistics of the unweighted gradient, as `ProbeReport` defines them: `signal`, `snr`, `heaviest`."""
+    """Return statistics of the unweighted gradient, as `ProbeReport` defines them: `signal`, `snr`, `heaviest`."""
     whole_MM = sum_gram_blocks(gram_KMKM, REGION_INDICES, REGION_INDICES)
     square, along = InnerProducts.from_gram(whole_MM), InnerProducts.between(gram_KMKM, REGION_INDICES, TRUE_INDEX)
     squares_M = np.diagonal(whole_MM)

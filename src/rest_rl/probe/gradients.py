@@ -95,8 +95,8 @@ def compute_weighted_gradients(
     """Return the gradient of sum_i sum_t weights_KBT[k, i, t] log pi(y_it | prompt, y_i<t) for each k.
 
     Here y_it is token t of response i. With G responses of T_i tokens, advantages A_i, token weights w_it, and
-    weights_KBT[k, i, t] = A_i w_it / (G T_i), this is the ascent direction of the on-policy GRPO objective: the negative
-    gradient of `rest_rl.loss.clipped_surrogate` at ratio 1.
+    weights_KBT[k, i, t] = A_i w_it / (G T_i), this is the ascent direction of the on-policy GRPO objective: the
+    negative gradient of `rest_rl.loss.clipped_surrogate` at ratio 1.
 
     The model runs at temperature 1 in evaluation mode; its `.grad` and its mode stay unchanged. Weights past the end of
     a response are ignored. The result is a sum over responses: split a batch that is too large for memory and add the
