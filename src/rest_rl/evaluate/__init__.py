@@ -1,4 +1,4 @@
-"""Evaluate models on benchmarks: `rest_rl.evaluate(benchmark, model, ...)` and the package behind it."""
+"""Evaluate models on benchmarks. The entry point is `rest_rl.evaluate(benchmark, model, ...)`."""
 
 from rest_rl.objects import make_package_callable
 

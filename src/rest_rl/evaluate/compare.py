@@ -1,8 +1,8 @@
 """`rest-rl eval diff`: compare two evaluations of the same benchmark, sample by sample.
 
-Only samples that both evaluations scored are used, so all differences are paired. The test over all samples is one
-hypothesis; the tests of the groups form a family and get q-values in addition to p-values. Official averages whose
-categories were fully scored on both sides get a difference with an interval, but no test.
+Only samples that both evaluations scored are used, so all differences are paired. Each group is tested for a
+difference, and so are all samples together. Only the groups' p-values are adjusted for multiple testing (q-values).
+Official averages whose categories both evaluations fully scored get a difference with an interval, but no test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODEL_SETTINGS = {"model", "endpoint", "responses", "weights"}
 
 
 class Evaluation(NamedTuple):
-    """The contents of an evaluation folder; `rows` by sample id."""
+    """The contents of an evaluation folder; `rows` maps the id of each sample to its row."""
 
     folder: str
     summary: Row
@@ -49,10 +49,10 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """The paired change of one group: accuracies and their difference as fractions, with a 95 % interval.
+    """The change of a group's accuracy from the base to the tuned model, as fractions, with a 95 % interval.
 
-    `lost` counts samples that only the base model got right, `gained` those of only the tuned model. `p` is
-    McNemar's exact test, `q` its Benjamini-Hochberg value among the groups (None for averages; `q` for all samples).
+    `lost` counts samples that only the base model got right, `gained` samples that only the tuned model got right. `p`
+    is McNemar's exact p-value (None for averages); for groups, `q` is `p` after the Benjamini-Hochberg adjustment.
     """
 
     group: str
@@ -70,7 +70,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Flip:
-    """A sample with different verdicts, and the reason of each verdict."""
+    """A sample that only one of the two models got right, with the reason of each verdict."""
 
     metric: str
     id: str
@@ -82,9 +82,9 @@ class Flip:
 
 @dataclass(frozen=True)
 class EvalComparison:
-    """The changes from a base to a tuned model; `metrics` contains one table per metric.
+    """The comparison of a base and a tuned model; `metrics` maps each metric to a table of changes.
 
-    The rows of a table are the groups, the official averages that both evaluations have, and all samples.
+    A table has one row per group, per official average in both evaluations, per kind of turn, and for all samples.
     """
 
     benchmark: str
@@ -101,7 +101,7 @@ class EvalComparison:
 
 
 def compare_evaluations(base: str | Path, tuned: str | Path) -> EvalComparison:
-    """Compare two evaluation folders; UserError if one contains no evaluation or they share no scored sample."""
+    """Compare two evaluation folders. Raises UserError if benchmark or pin differ, or no sample was scored in both."""
     first, second = read_evaluation(base), read_evaluation(tuned)
     for key in ("benchmark", "version", "pin"):
         one, other = first.summary.get(key), second.summary.get(key)
@@ -134,7 +134,7 @@ def compare_evaluations(base: str | Path, tuned: str | Path) -> EvalComparison:
 
 
 def write_comparison(comparison: EvalComparison, folder: str | Path) -> list[Path]:
-    """Write comparison.md, comparison.json and flips.jsonl (one line per sample with different verdicts)."""
+    """Write comparison.md, comparison.json and flips.jsonl (one line per `Flip`) into `folder`; return their paths."""
     target, content = Path(folder), comparison.to_json()
     texts = {
         FLIPS: "".join(as_json(flip) + "\n" for flip in content["flips"]),
@@ -153,7 +153,7 @@ def write_comparison(comparison: EvalComparison, folder: str | Path) -> list[Pat
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
-    """Read the folder of a finished evaluation; if a sample has several rows, the last one counts."""
+    """Read the folder of a finished evaluation. If a sample has several rows, the last row counts."""
     path = Path(folder)
     summary, rows = read_json_object(path / SUMMARY), EvalLog(path).read_rows()
     if "benchmark" not in summary or not rows:
@@ -209,7 +209,7 @@ def compute_turn_changes(first: Evaluation, second: Evaluation, metric: str, ids
 # McNemar's exact test: samples with equal verdicts carry no information about the difference. Under the null hypothesis
 # a flipped sample is lost or gained with probability 1/2, so `lost` is binomial(lost + gained, 1/2); two-sided p.
 def compute_change(group: str, pairs: Sequence[tuple[bool, bool]]) -> Change:
-    """Return the change over pairs of (base, tuned) verdicts; without pairs the change is 0 with interval [-1, 1]."""
+    """Return the change of a group, given (base, tuned) verdicts; without any, it is 0 with the interval [-1, 1]."""
     n, lost = len(pairs), sum(old and not new for old, new in pairs)
     gained = sum(new and not old for old, new in pairs)
     base, tuned = (sum(pair[side] for pair in pairs) / n if n else 0.0 for side in (0, 1))

@@ -1,7 +1,7 @@
 """The interface between benchmarks and models: conversations, requests and replies.
 
-A benchmark provides samples and judges responses; a model generates them. Neither knows the other. A single-turn
-sample is a conversation with one request; a multi-turn sample takes as many requests as it needs.
+A benchmark provides samples and judges responses; a model generates the responses. Neither depends on the other. A
+single-turn sample is a conversation with one request; a multi-turn sample can have many.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from rest_rl.response import ParsedResponse, ToolCall
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt for the model: message history and tools as a `ToolSample`.
+    """A request for one response: the prompt as a `ToolSample` with messages and tools.
 
-    The sample's `gold` is a correct response, which the oracle returns. `turn` counts the user's turns and `step` the
-    responses within a turn; both start at 0.
+    The sample's `gold` is a correct response, which the oracle returns. `turn` is the number of the user's turn and
+    `step` the number of the response within the turn; both start at 0.
     """
 
     sample: ToolSample
@@ -29,7 +29,7 @@ class Request:
 
 
 class Reply(NamedTuple):
-    """The model's reply: a text, or in one of the last three fields the reason why there is none."""
+    """A model's reply: a text, or in `overflow`, `refusal` or `error` the reason why there is none."""
 
     text: str = ""
     calls: tuple[ToolCall, ...] | None = None
@@ -52,23 +52,23 @@ class Conversation(Protocol):
         ...
 
     def receive(self, reply: Reply) -> None:
-        """Process the reply to the last request. Only replies with a text are passed here."""
+        """Process the reply to the last request. Replies with `overflow`, `refusal` or `error` are not passed to it."""
         ...
 
     def record(self) -> Mapping[str, Any]:
-        """Return `response` and `calls` so far, also for an abandoned conversation."""
+        """Return the row fields `response` and `calls` so far; also called if the conversation ends early."""
         ...
 
     def outcome(self) -> Mapping[str, Any]:
-        """Return the record with one boolean per metric and a `reason`, or with `error` if there is no verdict."""
+        """Return the record with one boolean per metric and a `reason`, or with `error` if judging failed."""
         ...
 
     def close(self) -> None:
-        """Release resources. Called exactly once, also for an abandoned conversation."""
+        """Release resources. Called exactly once, also if the conversation ends early."""
 
 
 class Benchmark(Protocol):
-    """A set of samples and the code that judges responses. Subclasses need `name`, `pin`, `groups` and `start`."""
+    """A set of samples and the code that judges responses. Subclasses define `name`, `pin`, `groups` and `start`."""
 
     name: str
     """A short name, such as `bfcl`."""
@@ -82,11 +82,11 @@ class Benchmark(Protocol):
     """The group (text or number) of each sample by its id, in evaluation order."""
 
     def start(self, identity: str, tool_format: ToolFormat) -> Conversation:
-        """Start the conversation of a sample; its responses are parsed in `tool_format`."""
+        """Start the conversation of the sample with id `identity`; its responses are parsed in `tool_format`."""
         ...
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return further entries for the summary, such as ceilings or official averages."""
+        """Return further entries for summary.json, such as the highest reachable scores or official averages."""
         del rows
         return {}
 
@@ -95,7 +95,7 @@ class Benchmark(Protocol):
 
 
 class Model(Protocol):
-    """A source of responses: a checkpoint, a server, recorded responses or the gold. Subclasses need `respond`."""
+    """A source of responses: a checkpoint, a server, recorded responses or the gold. Subclasses define `respond`."""
 
     batch_size: int = 1
     """The maximum number of requests per call of `respond`."""
@@ -103,18 +103,18 @@ class Model(Protocol):
     """The number of threads that may call `respond` at the same time."""
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Return one reply per request, in order. Problems with a single request are replies, not exceptions."""
+        """Return one reply per request, in order. A problem with one request is reported in its reply, not raised."""
         ...
 
     def context_usage(self, request: Request) -> tuple[int, int] | None:
-        """Return (tokens of prompt plus longest response, context length), or None if unknown."""
+        """Return (tokens of the prompt plus a response of maximum length, context length), or None if unknown."""
         del request
         return None
 
     def stop(self) -> None:
-        """Cancel pending requests; later ones get an error reply. May be called from any thread.
+        """Cancel pending requests, and reply to later requests with an error. May be called from any thread.
 
-        A model with `concurrency` 1 needs no implementation: the exception that ends the evaluation has already
+        A model with `concurrency` 1 does not need to implement this: the exception that ends the evaluation has already
         interrupted its only call.
         """
 
@@ -122,7 +122,7 @@ class Model(Protocol):
 class SingleTurn(Conversation):
     """A conversation with a single request.
 
-    `judge` maps the reply and its parsed form to the fields of the row: one boolean per metric, `reason`, and others.
+    `judge` maps the reply and its parsed form to fields of the row: one boolean per metric, `reason`, and others.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class SingleTurn(Conversation):
 
 
 def parse_reply(reply: Reply, tool_format: ToolFormat) -> ParsedResponse:
-    """Parse the text of a reply, unless the server already parsed its tool calls."""
+    """Return the parsed text of a reply; if the server already parsed the tool calls, use these instead."""
     if reply.calls is None:
         return tool_format.parse(reply.text, spans=False)
     return ParsedResponse(calls=reply.calls, answer=reply.text.strip() or None, well_formed=True)

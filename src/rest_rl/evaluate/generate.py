@@ -1,4 +1,4 @@
-"""Sampling at temperature 1 and greedy decoding in left-padded batches; the global random state is preserved."""
+"""Generate responses in left-padded batches, sampled at temperature 1 or greedy; preserve the global random state."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def generate(
 ) -> list[list[int]]:
     """Generate one response per prompt and return its token ids, in the order of the prompts.
 
-    Responses include the end-of-sequence token but no padding. Sampling uses the full distribution at temperature 1
-    and ignores the model's generation config. The global random state and the model's mode are restored.
-    `max_new_tokens` is one limit for all prompts or one per prompt. After each decoding step `on_token` is called with
-    the number of finished steps, out of `decoding_steps`.
+    Responses include the end-of-sequence token but no padding. Sampling uses the full distribution at temperature 1 and
+    ignores the model's generation config. The global random state and the model's training mode are restored.
+    `max_new_tokens` is a limit for all prompts, or a list with a limit per prompt. After each decoding step `on_token`
+    is called with the number of steps so far, out of `decoding_steps`.
     """
     responses: list[list[int]] = [[] for _ in prompts]
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -58,7 +58,7 @@ def batch_by_length(prompts: Sequence[str], batch_size: int) -> list[list[int]]:
 
 
 def decoding_steps(prompts: Sequence[str], limits: Sequence[int], batch_size: int) -> int:
-    """Return the maximum number of sequential decoding steps of `generate`."""
+    """Return the maximum number of decoding steps that `generate` needs for these prompts, for progress reports."""
     return sum(max(limits[i] for i in batch) for batch in batch_by_length(prompts, batch_size))
 
 
@@ -71,7 +71,7 @@ def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, *, gree
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end a response, from the model's generation config and the tokenizer."""
+    """Return the ids of the tokens that end a response, from the model's generation config and the tokenizer."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
@@ -80,12 +80,12 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def has_ended(ids: Sequence[int], ends: Collection[int]) -> bool:
-    """Return whether a response ends with one of `ends`; always true if `ends` is empty."""
+    """Return whether a response ends with one of the token ids in `ends`; always true if `ends` is empty."""
     return not ends or (bool(ids) and ids[-1] in ends)
 
 
 class PerRowLimit(StoppingCriteria):
-    """Stop each row of a batch at its own length, including padding and prompt."""
+    """Stop row i of a batch when its padding, prompt and response together have `lengths_B[i]` tokens."""
 
     def __init__(self, lengths_B: torch.Tensor) -> None:
         self.lengths_B = lengths_B
@@ -95,7 +95,7 @@ class PerRowLimit(StoppingCriteria):
 
 
 class TokenProgress(StoppingCriteria):
-    """Report progress after each step; never stops. `done` counts the steps of earlier batches."""
+    """Pass the number of decoding steps to `on_token` after each step, starting from `done`; never stop a row."""
 
     def __init__(self, on_token: Callable[[int], Any], done: int) -> None:
         self.on_token, self.done = on_token, done
@@ -114,7 +114,7 @@ def generate_batch(
     limits: Sequence[int],
     progress: TokenProgress | None = None,
 ) -> list[list[int]]:
-    """Generate one batch and return the ids of each response, at most as many as its limit."""
+    """Generate one response per prompt, all in one batch; return the token ids of each, cut at its limit."""
     rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     width = max(map(len, rows))  # pad here: the tokenizers of Llama and Mistral have no padding token
     padded = torch.tensor([[settings.pad_token_id] * (width - len(row)) + row for row in rows])
@@ -136,7 +136,7 @@ def generate_batch(
 
 @contextmanager
 def evaluation_mode(model: Any, seed: int) -> Iterator[None]:
-    """Enter evaluation mode without gradients and with a fixed seed; restore mode and random state on exit."""
+    """Enter evaluation mode without gradients and with a fixed seed; restore the random state and mode on exit."""
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()

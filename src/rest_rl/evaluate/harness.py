@@ -32,10 +32,10 @@ def evaluate_all(
     log: EvalLog,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Evaluate the samples that are missing in the log and return all rows, in the order of `identities`.
+    """Evaluate the samples that the log does not contain yet; return the rows of all `identities`, in this order.
 
-    `on_row` is called for each row that is written. An exception of the model, such as a wrong API key, stops the
-    evaluation; the rows written so far remain in the log.
+    `on_row` is called for each row that is written. An exception raised by the model, for example because of a wrong
+    API key, stops the evaluation; the rows written so far remain in the log.
     """
     done = {row["id"]: row for row in log.read_rows()}
     batches = [batch for batch in split_batches(identities, model.batch_size) if not done.keys() >= set(batch)]
@@ -77,7 +77,7 @@ def split_batches(identities: Sequence[str], size: int) -> list[Sequence[str]]:
 def evaluate_batch(
     benchmark: Benchmark, model: Model, tool_format: ToolFormat, batch: Sequence[str], stopped: Event
 ) -> Iterator[Row]:
-    """Yield the rows of one batch, each as soon as its conversation is over."""
+    """Run the conversations of a batch of samples; yield the row of each sample as soon as its conversation is over."""
     active = [ActiveConversation(benchmark, identity, tool_format) for identity in batch]
     try:
         while active and not stopped.is_set():
@@ -96,7 +96,7 @@ def evaluate_batch(
 
 
 class ActiveConversation:
-    """A running conversation and the row fields that do not come from the benchmark."""
+    """A running conversation, and the fields of its row that the benchmark does not provide, such as token counts."""
 
     def __init__(self, benchmark: Benchmark, identity: str, tool_format: ToolFormat) -> None:
         self.conversation: Conversation = benchmark.start(identity, tool_format)
@@ -105,7 +105,7 @@ class ActiveConversation:
         self.reply_fields: Row = {}
 
     def receive(self, reply: Reply) -> Row | None:
-        """Pass a reply to the conversation, or return the final row if the reply contains no text."""
+        """Pass a reply to the conversation. If it contains no response, close the conversation and return the row."""
         if reply.tokens is not None:
             self.reply_fields["tokens"] = self.reply_fields.get("tokens", 0) + reply.tokens
         if reply.prompt_tokens is not None:
@@ -129,7 +129,7 @@ class ActiveConversation:
         return {**self.row_start, **record, **verdicts, **why, **self.reply_fields}
 
     def finish(self) -> Row:
-        """Close a finished conversation and return its row."""
+        """Judge and close a conversation that has no further request, and return its row."""
         try:
             outcome = self.conversation.outcome()
             verdicts = dict.fromkeys(self.metrics) if "error" in outcome else {}
@@ -139,9 +139,9 @@ class ActiveConversation:
 
 
 def summarize(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the contents of summary.json.
+    """Return the scores and the description of the benchmark for summary.json.
 
-    `groups` contains the scores by group, plus `overall` unless the benchmark defines official averages.
+    `groups` contains the scores of each group, and of all samples (`overall`) unless there are official averages.
     """
     sizes = Counter(group_label(benchmark.group_field, group) for group in benchmark.groups.values())
     members: dict[str, list[Row]] = {}
@@ -158,12 +158,12 @@ def summarize(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def group_label(field: str, group: str | int) -> str:
-    """Return the group's name in the summary; a number is prefixed by its field, as in `Level1`."""
+    """Return a group's name in summary.json; a group that is a number gets the field as a prefix, as in `Level1`."""
     return group if isinstance(group, str) else f"{field.title()}{group}"
 
 
 def score_group(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict[str, Any]:
-    """Return the scores of one group. Samples without a response are not scored; their ids are under `errors`."""
+    """Return the scores of a group of `size` samples. Samples without a response are only listed in `errors`."""
     scored = [row for row in rows if "error" not in row]
     headline, *others = (score_metric(scored, metric) for metric in metrics)
     return {

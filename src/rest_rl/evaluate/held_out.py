@@ -1,7 +1,7 @@
-"""Exact match, S_acc and S_format on held-out prompts, sampled at temperature 1 and greedy.
+"""Score held-out prompts by exact match and ResT's rewards S_acc and S_format, with sampled and greedy responses.
 
-Scores are reported in total, per kind of sample, per split of the held-out set, and for call turns and answer turns.
-Each comes with its number of responses `n` and the standard error of exact match over prompts.
+Sampling uses temperature 1. Scores are reported in total, per kind of sample, per split of the held-out set, and for
+call turns and answer turns, each with its number of responses `n` and the standard error of exact match over prompts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def evaluate_held_out(
     config: EvalTable,
     observer: Observer = SILENT,
 ) -> dict[str, Any]:
-    """Return the sampled scores, also by `calls`, `answers`, `kinds` and `splits`; the greedy ones under `greedy`."""
+    """Return the scores (total, by turn, kind and split) of sampled and, under `greedy`, of greedy responses."""
     texts, limits = [prompt.text for prompt in prompts], [prompt.limit for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": limits, "batch_size": config.batch_size}
     steps = decoding_steps(texts, limits, config.batch_size)
@@ -62,9 +62,9 @@ def evaluate_held_out(
 
 
 def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> int:
-    """Return the response limit in tokens: `eval.max_new_tokens`, or a limit derived from the golds if that is 0.
+    """Return the response limit in tokens: `eval.max_new_tokens` or, if that is 0, a limit derived from `golds`.
 
-    The derived limit is twice the longest gold plus `REASONING_ALLOWANCE`, at most the response limit of training.
+    The derived limit is `REASONING_ALLOWANCE` more than twice the longest gold response, at most the limit of training.
     """
     if config.eval.max_new_tokens:
         return config.eval.max_new_tokens
@@ -77,7 +77,7 @@ def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> i
 # contributes its indices 0, n/q, 2n/q, ... (rounded down). A prefix would be less diverse, since neighbors often come
 # from the same dialogue. There is no randomness: every evaluation of a run uses the same prompts.
 def select_interim_prompts(prompts: Sequence[HeldOutPrompt], number: int) -> list[HeldOutPrompt]:
-    """Select at most `number` prompts, balanced over splits and kinds; deterministic, in the original order."""
+    """Select at most `number` prompts for evaluations during training, balanced over splits and kinds."""
     groups: dict[tuple[str, str], list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault((prompt.split, prompt.sample.kind), []).append(index)
@@ -94,7 +94,7 @@ def score_responses(
     tool_format: ToolFormat,
     ends: Sequence[int],
 ) -> list[Outcome]:
-    """Score one response per prompt, given as token ids; a response that ends with none of `ends` was truncated."""
+    """Score one response per prompt, given as token ids; a response that ends with none of `ends` is truncated."""
     outcomes: list[Outcome] = []
     for index, (ids, prompt) in enumerate(zip(responses, prompts, strict=True)):
         text, gold = decode_ids(ids, tokenizer, tool_format.tags), prompt.sample.gold

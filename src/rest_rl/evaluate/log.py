@@ -1,10 +1,10 @@
-"""The evaluation folder.
+"""Read and write the evaluation folder, which contains these files:
 
-    settings.json   model, prompt and selection          summary.json    scores by group, with 95 % Wilson intervals
-    samples.jsonl   one object per sample                environment.json  versions, platform, command
+    settings.json   model, prompt and selected samples   summary.json    scores by group, with 95 % Wilson intervals
+    samples.jsonl   one row per sample                   environment.json  versions, platform, command
 
 Each line of samples.jsonl is written as a whole when its sample finishes. A killed evaluation loses only unfinished
-samples; `--resume` evaluates these and the failed ones again.
+samples; `--resume` evaluates these and the failed samples again.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Row = dict[str, Any]
 
 
 class EvalLog:
-    """Reads and writes an evaluation folder. Create one with `EvalLog.new` or `EvalLog.resume`."""
+    """Reads and writes an evaluation folder. Create instances with `EvalLog.new` or `EvalLog.resume`."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     @classmethod
     def new(cls, folder: str | Path) -> EvalLog:
-        """Return the log of a new evaluation without writing; UserError if the folder already contains one."""
+        """Return the log of a new evaluation, writing nothing. Raises UserError if the folder already contains one."""
         if any((Path(folder) / name).exists() for name in (SETTINGS, SAMPLES)):
             raise UserError(
                 f"{folder} already contains an evaluation",
@@ -41,7 +41,7 @@ class EvalLog:
         return cls(folder)
 
     def begin(self, settings: Mapping[str, Any], command: Iterable[str]) -> None:
-        """Create the folder and record the settings and the environment."""
+        """Create the folder and write settings.json and environment.json, which also contains `command`."""
         with self._convert_os_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
         self.write(ENVIRONMENT, as_json(describe_environment(command), indent=2) + "\n")
@@ -49,7 +49,7 @@ class EvalLog:
 
     @classmethod
     def resume(cls, folder: str | Path, settings: Mapping[str, Any]) -> EvalLog:
-        """Continue an evaluation with the same settings: drop failed samples and an incomplete last line."""
+        """Return the log of an evaluation with the same settings, after removing failed samples and damaged lines."""
         log = cls(folder)
         recorded = read_json_object(log.folder / SETTINGS)
         if not recorded:
@@ -64,7 +64,7 @@ class EvalLog:
         return log
 
     def read_rows(self) -> list[Row]:
-        """Return the rows written so far. Incomplete or damaged lines are skipped; resuming repeats their samples."""
+        """Return the rows written so far, except damaged lines; resuming evaluates their samples again."""
         path, rows = self.folder / SAMPLES, []
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
             with suppress(ValueError):
@@ -72,7 +72,7 @@ class EvalLog:
         return [row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append one sample. If the disk is full, the file keeps its previous content."""
+        """Append one row to samples.jsonl. If the disk is full, the file keeps its previous content."""
         path = self.folder / SAMPLES
         size = path.stat().st_size if path.exists() else 0
         with self._convert_os_errors():
@@ -87,7 +87,7 @@ class EvalLog:
         self.write(SAMPLES, "".join(as_json(row) + "\n" for row in rows))
 
     def write(self, name: str, text: str) -> None:
-        """Replace a file of the folder atomically."""
+        """Write a file in the folder atomically, replacing an existing one of that name."""
         with self._convert_os_errors():
             replace_file(self.folder / name, text)
 

@@ -28,7 +28,7 @@ BLOCK_BYTES, STRIDE_BYTES = 64 << 10, 16 << 20
 
 
 class Origin(NamedTuple):
-    """The folder or name of the weights, and the training run that produced them, if any."""
+    """The folder or Hub name of the weights, and the training run that produced them, if any."""
 
     path: str
     run: RunConfig | None = None
@@ -37,9 +37,9 @@ class Origin(NamedTuple):
 
 
 def resolve_origin(path: str, option: str = "--model") -> Origin:
-    """Resolve a run folder, a model folder or a name on the hub to its weights and its run.
+    """Resolve a run folder, a model folder or a name on the Hub to its weights and its training run.
 
-    A name on the hub is only looked up if its first part is also a local folder. Raises UserError, which mentions
+    A name is looked up on the Hub only if its first part is also a local folder. Raises UserError, which mentions
     `option`, if there is no model at `path`.
     """
     path = os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
@@ -127,7 +127,7 @@ def display_path(folder: Path) -> Path:
 
 
 def model_label(path: str) -> str:
-    """Return a model's default name: its run and checkpoint, its folder, or its name on the hub."""
+    """Return a model's default name in tables: from its run and checkpoint, its folder, or its name on the Hub."""
     if not Path(path).is_dir():
         return path.rstrip("/").rpartition("/")[2]
     for home, model in find_enclosing_runs(path):
@@ -136,9 +136,9 @@ def model_label(path: str) -> str:
 
 
 def weights_digest(table: ModelTable) -> str | None:
-    """Return a digest of a model's weights, or None if nothing is known about them.
+    """Return a text that identifies a model's weights, or None if nothing is known about them.
 
-    An adapter's digest also covers its base model. For a name on the hub it is the commit.
+    For a folder it is a digest of the files, for a Hub name the commit. An adapter's text also covers its base model.
     """
     from rest_rl.train.policy import find_hub_commit, resolve_adapter
 

@@ -43,7 +43,7 @@ class Plan:
 
 
 def make_plan(request: EvalRequest) -> Plan:
-    """Resolve prompt and format; UserError if the options contradict each other or leave the format open."""
+    """Choose prompt and format. Raises UserError if options contradict each other or do not determine the format."""
     if request.source == "endpoint":
         return _server_plan(request)
     if request.source == "checkpoint":
@@ -160,7 +160,7 @@ def _resolve_published_frame(
 
 
 def extra_request_fields(request: EvalRequest) -> dict[str, Any]:
-    """Return what `--extra-body` and `--set model.chat_template_kwargs.X=...` add to every server request."""
+    """Return the fields that `--extra-body` and `--set model.chat_template_kwargs.X=...` add to every request."""
     table = apply_overrides({"model": {}}, request.changes)
     if set(table) != {"model"} or set(table["model"]) - {"chat_template_kwargs"}:
         raise UserError(

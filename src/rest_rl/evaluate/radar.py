@@ -44,7 +44,7 @@ def draw_radars(summaries: Sequence[Summary], folder: str | Path) -> Iterator[st
 
 
 def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
-    """Draw each model's accuracy (headline metric, in per cent) in the groups that all share; return the path."""
+    """Draw each model's accuracy (headline metric) in the groups of `shared_columns`; return the path."""
     if not (columns := shared_columns(summaries)):
         raise UserError("the evaluations share no group", remedy="evaluate the same categories")
     (models,) = group_by_edition(summaries)
@@ -74,7 +74,7 @@ def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
 
 
 def shared_columns(summaries: Sequence[Summary]) -> list[Column]:
-    """Return the groups that every summary scored, in the order of the first, without totals."""
+    """Return the columns of the groups that all evaluations scored, in the first evaluation's order; no totals."""
     if not summaries:
         raise UserError("no evaluations given", remedy="pass the folders of finished evaluations")
     if len(models := group_by_edition(summaries)) > 1:
@@ -119,7 +119,7 @@ def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Se
 
 
 def draw_bars(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Accuracy]]) -> Axes:
-    """Draw one bar per model in each group, with its interval."""
+    """Draw one bar per model in each group, with its 95 % interval."""
     axes = figure.add_subplot()
     width = 0.8 / len(models)
     for index, ((name, own), color) in enumerate(zip(models.items(), series_colors(len(models)), strict=True)):

@@ -108,7 +108,7 @@ class EvalRequest:
 
     @property
     def source(self) -> Source:
-        """The kind of model."""
+        """The kind of model: a checkpoint, an endpoint, recorded responses, the oracle, or a `Model` object."""
         if self.oracle:
             return "oracle"
         if self.responses:
@@ -119,7 +119,7 @@ class EvalRequest:
 
     @property
     def checkpoint(self) -> str:
-        """The model's path or name; only the tool world has a default, the embedded model."""
+        """The model's path or name. The default, the embedded model, is used only for the tool world."""
         return str(self.model or "embedded")
 
     @property
@@ -166,5 +166,5 @@ class EvalRequest:
 
 
 def option_name(name: str) -> str:
-    """Return the command-line spelling of a field."""
+    """Return the command-line option of a field of `EvalRequest`."""
     return {"changes": "--set", "context": "--context-length"}.get(name, f"--{name.replace('_', '-')}")

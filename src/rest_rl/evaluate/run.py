@@ -61,12 +61,12 @@ class EvalResult:
 
     @property
     def failed(self) -> list[Row]:
-        """The samples without a response; `resume=True` evaluates them again."""
+        """The rows of samples without a response; `resume=True` evaluates these samples again."""
         return [row for row in self.rows if "error" in row]
 
 
 class Preview(NamedTuple):
-    """The first prompt: the sample's id, (title, text) of each part, and the number of tokens if known."""
+    """The first sample's prompt: the sample's id, (title, text) of each part, and the number of tokens if known."""
 
     identity: str
     parts: tuple[tuple[str, str], ...]
@@ -237,7 +237,7 @@ def first_request(benchmark: Benchmark, plan: Plan, identity: str) -> Request:
 def context_notes(
     benchmark: Benchmark, context_usage: ContextUsage, plan: Plan, identities: Sequence[str]
 ) -> list[str]:
-    """Report per group how many first prompts exceed the context length; later turns are even longer."""
+    """Return notes on how many first prompts plus a response of maximum length exceed the context length, per group."""
     longest: dict[str, tuple[int, int, int]] = {}
     context = 0
     for identity in identities:

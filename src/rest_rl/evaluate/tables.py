@@ -1,8 +1,8 @@
 """Result tables in the paper's layout (rows are models, columns are groups), and the tables of a comparison.
 
-The input is plain mappings: summaries of evaluations, and a comparison's `to_json()`. Evaluations with different pins
-(versions of data and checker) never share a table, a partially evaluated group is marked, and an average is shown
-only if the summary contains it, that is, if none of its categories is incomplete.
+The input is the contents of summary.json files, or of a comparison.json. Evaluations with different pins (versions of
+data and checker) never share a table, a partially evaluated group is marked, and an average is shown only if the
+summary contains it, which requires that all its categories were fully scored.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Column(NamedTuple):
 
 
 class Section(NamedTuple):
-    """The columns of one table, and its metric."""
+    """The title, the columns and the metric of one table."""
 
     title: str
     columns: Sequence[Column]
@@ -76,7 +76,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class ResultTable:
-    """One table. `frame` has one row per model and column, in this order, with the fields `COLUMNS` and `group`."""
+    """One table. `frame` has one row per model and column, model by model, with the fields in `COLUMNS` and `group`."""
 
     title: str
     span: str
@@ -86,7 +86,7 @@ class ResultTable:
     notes: tuple[str, ...]
 
     def grid(self, text: Callable[[Any], str]) -> pd.DataFrame:
-        """Return one row per model and one column per group; `text` formats the rows of `frame`."""
+        """Return the table with a row per model and a column per group; `text` turns a row of `frame` into a cell."""
         # not a pivot, which would sort: the frame is in row-major order, all columns of the first model first
         names, labels = self.frame["model"].unique(), self.frame["column"].unique()
         cells = [text(row) for row in self.frame.itertuples()]
@@ -104,21 +104,21 @@ class TextTable(NamedTuple):
 
 
 def results_frame(summaries: Sequence[Summary]) -> pd.DataFrame:
-    """Return all results, one row per table, model and column. Shares are in [0, 1], missing values None."""
+    """Return all results in one frame, with one row per table, model and column; accuracies are between 0 and 1."""
     frames = [table.frame for table in build_tables(summaries)]
     frames = frames or [pd.DataFrame(columns=COLUMNS, dtype=object)]
     return pd.concat(frames, ignore_index=True).reindex(columns=COLUMNS)
 
 
 def build_tables(summaries: Sequence[Summary]) -> list[ResultTable]:
-    """Return the tables of the evaluations, grouped by benchmark and pin."""
+    """Return the result tables of the evaluations, separately for each combination of benchmark, version and pin."""
     return [
         build_table(section, models) for models in group_by_edition(summaries) for section in build_sections(models)
     ]
 
 
 def group_by_edition(summaries: Sequence[Summary]) -> list[Models]:
-    """Group the evaluations, each with its model's name, by edition: benchmark, version and pin."""
+    """Group the evaluations by benchmark, version and pin; each group contains pairs of model name and summary."""
     found: dict[str, list[tuple[str, Summary]]] = {}
     for name, summary in zip(model_names(summaries), summaries, strict=True):
         found.setdefault(edition_key(summary), []).append((name, summary))
@@ -131,7 +131,7 @@ def edition_key(summary: Summary) -> str:
 
 # Two passes: names that occur twice within an edition get prompt and format appended; if they still collide, a number.
 def model_names(summaries: Sequence[Summary]) -> list[str]:
-    """Return a name per summary; duplicates within an edition get prompt and format, then a number, appended."""
+    """Return one model name per summary; prompt and format, then a number, are appended to names that occur twice."""
     twins = [(str(summary.get("model") or "model"), edition_key(summary)) for summary in summaries]
     twins = [
         (f"{twin[0]} ({describe_prompt(summary)})" if twins.count(twin) > 1 else twin[0], twin[1])
@@ -146,9 +146,9 @@ def describe_prompt(summary: Summary) -> str:
 
 
 def build_sections(models: Models) -> list[Section]:
-    """Return the non-empty tables of one benchmark, version and pin.
+    """Return the non-empty tables for evaluations with the same benchmark, version and pin.
 
-    BFCL has one for the official averages, one for each part, and one for the categories that belong to no part.
+    BFCL has a table for the official averages, one per part (such as Live), and one for all other categories.
     """
     first = models[0][1]
     groups = list(dict.fromkeys(str(name) for _, summary in models for name in scored_groups(summary)))
@@ -182,12 +182,12 @@ def display_label(name: str) -> str:
 
 
 def bfcl_label(name: str) -> str:
-    """Return a category's label without its part: `Miss Func` for `multi_turn_miss_func`."""
+    """Return the label of a BFCL category, without the name of its part: `Miss Func` for `multi_turn_miss_func`."""
     return BFCL_LABELS.get(name) or name.removeprefix("multi_turn_").removeprefix("live_").replace("_", " ").title()
 
 
 def column_scores(summary: Summary, column: Column, metric: str = "") -> dict[str, Any]:
-    """Return the `SCORE_FIELDS` of a model in a column; all None if nothing was scored."""
+    """Return a model's scores in a column, with the keys `SCORE_FIELDS`; all are None if nothing was scored."""
     found = ((summary.get("official") or {}) if column.is_average else scored_groups(summary)).get(column.group) or {}
     own = found[metric] if isinstance(found.get(metric), Mapping) else found
     if not is_number(own.get("accuracy")) or not (found.get("n") or column.is_average):
@@ -249,7 +249,7 @@ def _notes(section: Section, models: Models, frame: pd.DataFrame, *, with_prompt
 
 
 def format_issues(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Return, for example, `3 truncated, 2 not scored`; empty if there are no issues."""
+    """Return how many samples had which problem, for example `3 truncated, 2 not scored`; empty if none had one."""
     counts = {name: sum(to_count(group.get(key)) for group in groups) for key, name in ISSUE_LABELS.items()}
     return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
 
@@ -259,7 +259,7 @@ def to_count(value: Any) -> int:
 
 
 def ceiling_notes(summary: Summary) -> Iterator[str]:
-    """Yield a note per evaluated group in which a correct use of the offered tools cannot reach 100 %."""
+    """Yield a note for each evaluated group in which correct use of the offered tools cannot reach 100 %."""
     for name, ceiling in (summary.get("ceilings") or {}).items():
         if ceiling.get("ids") and name in (summary.get("groups") or {}):
             limit = f"the offered tools allow at most {format_percent(ceiling.get('accuracy'))}"
@@ -277,7 +277,7 @@ def interval_text(low: Any, high: Any) -> str:
 
 
 def markdown_cell(row: Any) -> str:
-    """Return, for example, `95.0 [92.4, 96.7]`; a partly scored group also shows how many samples were scored."""
+    """Return a cell such as `95.0 [92.4, 96.7]`; for a partly scored group it includes the number of scored samples."""
     mark, part = ("*", f"(n = {row.n} of {row.of})") if is_partial(row) else ("", "")
     return " ".join(filter(None, (format_percent(row.accuracy) + mark, interval_text(row.low, row.high), part)))
 
@@ -323,7 +323,7 @@ def escape_latex(text: str) -> str:
 
 
 def render_latex(summaries: Sequence[Summary]) -> str:
-    """Render all tables as LaTeX, one float per table, with the words of a header stacked."""
+    """Render all tables as LaTeX, one float per table; each word of a column header is on a separate line."""
     texts = []
     for table in build_tables(summaries):
         grid = table.grid(latex_cell)
@@ -359,7 +359,7 @@ def write_tables(summaries: Sequence[Summary], folder: str | Path) -> list[Path]
 def terminal_table(summary: Summary) -> TextTable:
     """Return one evaluation as a table of at most 80 columns, with the issues of each group as notes.
 
-    Groups come after the part they belong to; totals come last.
+    Each BFCL part comes before its categories; totals come last.
     """
     groups, metrics = scored_groups(summary), [str(name) for name in summary.get("metrics") or ["correct"]]
     parts = build_sections([("", summary)])
@@ -392,7 +392,7 @@ def terminal_table(summary: Summary) -> TextTable:
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
-    """Return one table per metric of a comparison (its `to_json()`); a star on p marks a significant q."""
+    """Return one table per metric for the terminal, given `EvalComparison.to_json()`; `*` after p means q <= 0.05."""
     tables = []
     for title, changes in _iterate_metrics(comparison):
         rows = [_comparison_row(change) for change in changes]
@@ -434,7 +434,7 @@ def _comparison_row(change: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
-    """Render a comparison as Markdown: one table per metric, warnings, and a legend."""
+    """Render `EvalComparison.to_json()` as Markdown: one table per metric, warnings, and a legend."""
     header = ("group", "n", "base", "tuned", "change", "95 % interval", "lost", "gained", "p", "q")
     parts = []
     for title, changes in _iterate_metrics(comparison):

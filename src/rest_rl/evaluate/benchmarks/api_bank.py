@@ -1,9 +1,9 @@
 """API-Bank as processed by ToolRL: 597 prompts in three levels with one gold call each, scored by two metrics.
 
-`soft` is the published metric (https://github.com/qiancheng0/ToolRL, benchmarks/API-Bank) with all its quirks: any
-line of the response may be the gold call, tags are not required, an object without a name counts as the arguments of
-the right tool, and a line that is JSON but not an object ends the search. `strict` requires exactly one call in the
-model's format, with the right name and arguments. The gold stores every value as text, so 5 equals "5".
+`soft` is the published metric (https://github.com/qiancheng0/ToolRL, benchmarks/API-Bank) with all its quirks: any line
+of the response may be the gold call, tags are not required, an object without a name counts as the arguments of the
+right tool, and a JSON number, boolean or null on a line ends the search. `strict` requires exactly one call in the
+model's format, with the right name and arguments. The gold stores every value as text, so `strict` accepts 5 for "5".
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ UNSATISFIABLE = ("unknown_tool", "undocumented_argument")
 
 
 class ApiBankSample(NamedTuple):
-    """One sample: prompt, published gold, and the reason why no correct response can pass (normally empty)."""
+    """A sample, its published gold call (`answer`), and a `defect` if no correct use of the tools can match it."""
 
     level: int
     sample: ToolSample
@@ -45,16 +45,16 @@ class ApiBankSample(NamedTuple):
 
 
 class ApiBank(Benchmark):
-    """The samples of level-1-, level-2- and level-3-api_processed.json in one folder."""
+    """The API-Bank benchmark, read from level-1-, level-2- and level-3-api_processed.json in one folder."""
 
     name = "api_bank"
     metrics = ("soft", "strict")
     group_field = "level"
 
     def __init__(self, folder: str | Path, *, keep_prompts: bool) -> None:
-        """Read the samples; UserError if a file is missing or invalid.
+        """Read the samples in `folder`. Raises UserError if a file is missing or invalid.
 
-        With `keep_prompts` the model gets the published prompt texts; otherwise its chat template renders the prompts.
+        With `keep_prompts` the model gets the published prompt texts. Otherwise its chat template renders the prompts.
         """
         digest = hashlib.sha256()
         self.items: dict[str, ApiBankSample] = {}
@@ -73,7 +73,7 @@ class ApiBank(Benchmark):
         return SingleTurn(item.sample, tool_format, judge)
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return `ceilings`: the best score of correct responses per level, and the samples that limit it."""
+        """Return `ceilings`: the highest accuracy that correct tool use can reach per level, and the defects."""
         del rows
         ceilings = {}
         for level in LEVELS:
@@ -85,7 +85,7 @@ class ApiBank(Benchmark):
 
 
 def judge_response(reply: Reply, parsed: ParsedResponse, item: ApiBankSample, is_published: bool) -> Mapping[str, Any]:
-    """Return both verdicts, and the reason of the strict one."""
+    """Return the verdicts `soft` and `strict`, and as `reason` why `strict` failed (empty if it did not)."""
     # the published metric parses the text; responses in other formats are converted to its notation first
     reads_text = is_published and reply.calls is None
     lines = parse_published_calls(reply.text) if reads_text else to_published_calls(parsed, item.answer)
@@ -126,7 +126,7 @@ def read_api_bank_sample(row: Any, identity: str, level: int, keep_prompts: bool
 # takes the text after the last <tool_call> up to the next </tool_call> (the whole response if there is no tag), tries
 # json.loads on each line, and compares each parsed line with the gold until one matches.
 def parse_published_calls(text: str) -> list[Any]:
-    """Return the JSON values that the published script takes for calls."""
+    """Parse the lines of a response that are JSON; the published script compares each with the gold call."""
     block = text.strip().split("<tool_call>")[-1].split("</tool_call>")[0]
     found = []
     for line in block.strip().split("\n"):
@@ -138,9 +138,9 @@ def parse_published_calls(text: str) -> list[Any]:
 
 
 def to_published_calls(parsed: ParsedResponse, answer: Mapping[str, Any]) -> list[Any]:
-    """Convert the calls of another format to the published notation.
+    """Convert parsed calls to the notation of the published script, `{"name": ..., "parameters": ...}`.
 
-    If the format writes all values as text, a value that matches the gold's text is replaced by that text.
+    If the response's format writes all values as text, a value that matches the gold is replaced by the gold's text.
     """
     gold = answer["parameters"] if parsed.text_values else {}
     return [
@@ -170,7 +170,7 @@ def soft_match(calls: Sequence[Any], answer: Mapping[str, Any]) -> bool:
 
 
 def find_strict_problem(parsed: ParsedResponse, answer: Mapping[str, Any]) -> str:
-    """Return why the response is not exactly the gold call; empty if it is."""
+    """Return why the response is not exactly the gold call (`answer`), or an empty text if it is."""
     if parsed.unreadable_calls:
         return f"unreadable call: {'; '.join(parsed.problems)[:200]}"
     if len(parsed.calls) != 1:
@@ -182,7 +182,7 @@ def find_strict_problem(parsed: ParsedResponse, answer: Mapping[str, Any]) -> st
 
 
 def find_arguments_problem(call: ToolCall, gold: Mapping[str, Any]) -> str:
-    """Return the first difference between the arguments; empty if there is none."""
+    """Return the first difference between a call's arguments and the gold arguments, or an empty text."""
     if missing := [name for name in gold if name not in call.arguments]:
         return f"missing arguments {missing}"
     if extra := [name for name in call.arguments if name not in gold]:
@@ -194,7 +194,7 @@ def find_arguments_problem(call: ToolCall, gold: Mapping[str, Any]) -> str:
 
 
 def matches_gold_value(value: Any, gold: Any) -> bool:
-    """Return whether a value equals the gold, or the JSON value or Python literal that the gold's text denotes."""
+    """Return whether a value equals the gold value, or the JSON value or Python literal in the gold's text."""
     if json_equal(value, gold) or isinstance(value, str) or not isinstance(gold, str):
         return json_equal(value, gold)
     if value is None:  # `read_literal` also returns None for text that is not a literal

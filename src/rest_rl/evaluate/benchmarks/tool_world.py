@@ -1,6 +1,6 @@
-"""The held-out splits of the tool world as a benchmark: exact match with greedy decoding, for any checkpoint.
+"""The held-out splits of the tool world as a benchmark that scores exact match, for any model.
 
-Call turns and answer turns are also scored separately. In an answer turn any response without a call is right.
+Call turns and answer turns are also scored separately. In an answer turn any response without a call is correct.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rest_rl.rewards import judge_parsed
 
 
 class ToolWorldTasks(Benchmark):
-    """The first prompts of each held-out split; a training run evaluates the same ones by default."""
+    """The first `prompts` prompts of each held-out split; by default, a training run evaluates the same prompts."""
 
     name = "tool_world"
 
@@ -39,7 +39,7 @@ class ToolWorldTasks(Benchmark):
         return SingleTurn(sample, tool_format, lambda reply, parsed: judge_response(reply, parsed, sample))
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return the scores of call turns and answer turns under `turns`."""
+        """Return `turns`, the separate scores of call turns and answer turns."""
         turns = {identity: sample.gold.turn for identity, sample in self.samples.items()}
         sizes = Counter(turns.values())
         own = {turn: [dict(row) for row in rows if turns[row["id"]] == turn] for turn in TURNS}
@@ -47,7 +47,7 @@ class ToolWorldTasks(Benchmark):
 
 
 def judge_response(reply: Reply, parsed: ParsedResponse, sample: ToolSample) -> Mapping[str, Any]:
-    """Return exact match, and the mistakes of the response as the reason."""
+    """Return exact match as `correct`, the mistakes of the response as `reason`, and the sample's `kind` and `turn`."""
     judgement = judge_parsed(parsed, sample.gold, truncated=reply.is_truncated)
     return {
         "kind": sample.kind,

@@ -28,16 +28,16 @@ OVERFLOW_MESSAGE = re.compile(
 
 
 class MalformedResponseError(Exception):
-    """The server's response is not a completion; the request is retried."""
+    """The server's response is not a valid completion. The client repeats the request."""
 
 
 def sanitize_name(name: str) -> str:
-    """Restrict a name to what OpenAI-compatible servers accept: letters, digits, `_` and `-`."""
+    """Restrict a name to what OpenAI-compatible servers accept: at most 64 letters, digits, `_` and `-`."""
     return INVALID_NAME_CHARACTER.sub("_", name)[:MAX_NAME_LENGTH] or "_"
 
 
 def build_wire_names(sample: ToolSample) -> dict[str, str]:
-    """Map each tool's name to a distinct sanitized name for the request."""
+    """Map the names of the sample's tools to distinct names that servers accept."""
     names: dict[str, str] = {}
     for tool in sample.tools:
         name = str(tool.get("function", tool).get("name"))
@@ -50,7 +50,7 @@ def build_wire_names(sample: ToolSample) -> dict[str, str]:
 
 
 def build_chat_body(sample: ToolSample, tool_format: ToolFormat, *, native: bool) -> dict[str, Any]:
-    """Return `messages`, and `tools` if the server renders them itself."""
+    """Return `messages`, and with `native` also `tools`; without `native`, the messages describe the tools."""
     messages = [dict(message) for message in sample.messages]
     if not native and not sample.tools_in_prompt:
         return {"messages": messages_to_text(messages, list(sample.tools), tool_format)}
@@ -66,7 +66,7 @@ def build_chat_body(sample: ToolSample, tool_format: ToolFormat, *, native: bool
 
 
 def to_wire_message(message: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Convert a message for the request; servers expect the arguments of calls as JSON text."""
+    """Convert a message for the request: tool names are replaced according to `names`, arguments become JSON text."""
     sent = {key: message[key] for key in MESSAGE_FIELDS if key in message}
     if calls := message.get("tool_calls"):
         sent["tool_calls"] = [
@@ -81,10 +81,10 @@ def to_wire_message(message: Mapping[str, Any], names: Mapping[str, str]) -> dic
 
 
 def parse_chat_completion(data: bytes, sample: ToolSample, tool_format: ToolFormat) -> Reply:
-    """Parse the body of a chat completion. Raises MalformedResponseError if it is not one.
+    """Parse the body of a chat completion. Raises MalformedResponseError if the body is something else.
 
-    Tool calls that the server parsed become the reply's calls. A call whose arguments are not a JSON object is
-    appended to the text instead.
+    Tool calls that the server parsed become the reply's calls. A call whose arguments are not a JSON object is appended
+    to the text instead.
     """
     body = parse_body(data)
     if isinstance(body, Reply):
@@ -107,7 +107,7 @@ def parse_chat_completion(data: bytes, sample: ToolSample, tool_format: ToolForm
 
 
 def parse_body(data: bytes) -> Any:
-    """Parse the JSON body of a response; return a reported context overflow as a `Reply`, raise other errors."""
+    """Parse the JSON body of a response. Returns a reported context overflow as a `Reply`; raises other errors."""
     try:
         body = load_json(data.decode("utf-8"))
     except ValueError as error:
@@ -150,7 +150,7 @@ def parse_call(raw: Any, names: Mapping[str, str]) -> ToolCall | None:
 
 
 def require_field(value: Any, name: str, kind: type) -> Any:
-    """Return a field of the response; MalformedResponseError if it is missing or has another type."""
+    """Return the field `name` of `value`. Raises MalformedResponseError if it is missing or not of type `kind`."""
     found = value.get(name) if isinstance(value, dict) else value
     if not isinstance(value, dict) or not isinstance(found, kind):
         raise MalformedResponseError(f"{name} of type {type(found).__name__}, expected {kind.__name__}")

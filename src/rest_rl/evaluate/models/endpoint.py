@@ -1,7 +1,7 @@
 """An OpenAI-compatible server as a model: greedy decoding, concurrent requests, retries.
 
 All requests run on one event loop in a separate thread. The evaluation's threads submit requests to it and wait,
-because their own work between requests (executing and judging calls) is blocking.
+because the rest of their work (executing and judging calls) is blocking.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def base_url(url: str) -> str:
 
 
 def parse_query(url: str) -> dict[str, str]:
-    """Return the query of a URL; it is sent with every request because some servers expect a key or version there."""
+    """Return the query parameters of a URL, which may contain a key or version that each request needs."""
     return dict(parse_qsl(urlsplit(url.strip()).query, keep_blank_values=True))
 
 
 def public_url(url: str) -> str:
-    """Return a URL without user, password, query and fragment."""
+    """Return a URL without user, password, query and fragment, for messages and files."""
     try:
         parts = urlsplit(url.strip())
         _ = parts.port  # raises ValueError for a password with # or ?, which splits the URL in the wrong place
@@ -77,7 +77,7 @@ def public_url(url: str) -> str:
 
 
 def find_secrets(url: str) -> list[str]:
-    """Return user, password and query values of a URL, both encoded and decoded, the longest first."""
+    """Return user, password and query values of a URL, for redaction, both encoded and decoded, the longest first."""
     # longest first: a secret may contain another one, and replacing the shorter one first would leave the rest visible
     parts = urlsplit(url.strip())
     account, _, _ = parts.netloc.rpartition("@")
@@ -88,7 +88,7 @@ def find_secrets(url: str) -> list[str]:
 
 
 def read_api_key(variable: str) -> str:
-    """Return the API key from an environment variable, or `none` if the default variable is not set."""
+    """Return the API key from an environment variable; the text `none` if the default variable is not set."""
     key = os.environ.get(variable, "").strip()
     if not key and variable != API_KEY:
         raise UserError(f"the environment variable {variable} is not set", "the API key", "set it")
@@ -99,7 +99,7 @@ def read_api_key(variable: str) -> str:
 
 @functools.cache
 def shared_event_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop of all endpoints; it runs in a daemon thread."""
+    """Return the event loop that all endpoints share; it runs in a daemon thread."""
     # connections of an HTTP client belong to one event loop; a daemon thread does not keep the process from exiting
     loop = asyncio.new_event_loop()
     Thread(target=loop.run_forever, daemon=True).start()
@@ -109,10 +109,10 @@ def shared_event_loop() -> asyncio.AbstractEventLoop:
 class Endpoint(Model):
     """A model behind an OpenAI-compatible server; `respond` may be called from several threads.
 
-    There are three ways to prompt it. With `native` the server gets messages and tools, renders them, and parses the
-    tool calls. With a `layout` the prompt is rendered as in training and sent to `/completions` as token ids. Without
-    either, a system message describes tools and format, and the server renders it. In the last two cases the tool
-    calls are parsed from the text.
+    There are three ways to prompt the model. With `native` the server gets messages and tools, renders them, and parses
+    the tool calls. With a `layout` the prompt is rendered as in training and sent to `/completions` as token ids.
+    Without either, a system message describes tools and format, and the server renders the messages. In the last two
+    cases the tool calls are parsed from the text here.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class Endpoint(Model):
     ) -> None:
         """Create the client.
 
-        `retries` is how often the client repeats a request after a failed connection, 408, 409, 429 or 5xx, after the
-        delay of the server's `Retry-After`. `context` is the context length, if the server does not report it;
-        `context_usage` needs it and a `layout`. With a `frame`, tools and history are sent as text in ToolRL's wording.
+        `retries` is how often a request is repeated (after the server's `Retry-After`) if the connection fails, the
+        response is malformed or the status is 408, 409, 429 or 5xx. `context` is the context length (default: the
+        server's); `context_usage` needs it and a `layout`. A `frame` sends tools and history as text worded as in ToolRL.
         """
         try:
             import openai
@@ -174,7 +174,7 @@ class Endpoint(Model):
         self._route = self._client.chat.completions if self._uses_chat else self._client.completions
 
     def check(self) -> None:
-        """Raise UserError if the server does not respond, rejects the key or lists other models only."""
+        """Raise UserError if the server does not respond, rejects the key or does not serve the model."""
         asyncio.run_coroutine_threadsafe(self._check(), self._loop).result()
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
@@ -200,7 +200,7 @@ class Endpoint(Model):
         return compute_context_usage(request, self.layout, self.max_new_tokens, self.context) if self.layout else None
 
     def stop(self) -> None:
-        """Cancel all requests immediately; they and all later ones get an error reply. Thread-safe."""
+        """Cancel all requests immediately; these and all later requests get an error reply. Thread-safe."""
         self._is_stopped = True
         for answers in self._pending.copy():
             answers.cancel()

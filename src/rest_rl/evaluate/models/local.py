@@ -1,4 +1,4 @@
-"""A checkpoint in transformers: greedy decoding in left-padded batches."""
+"""Run a checkpoint with transformers: greedy decoding in left-padded batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTH_INDEPENDENT_ROPE = ("default", "linear", "llama3", "yarn")
 class LocalModel(TokenModel):
     """A transformers model with greedy decoding.
 
-    A reply depends only on its own prompt, up to rounding in 16-bit arithmetic, which varies with the batch's shape.
+    A reply does not depend on the other prompts in its batch, except through rounding in 16-bit arithmetic.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class LocalModel(TokenModel):
 
 
 def can_exceed_context(config: Any) -> bool:
-    """Return whether a finished row may stay in a batch beyond the context length.
+    """Return whether a finished row may stay in a batch that continues beyond the context length.
 
-    True for rotary positions, which are computed, and not for a table of positions. False for RoPE types whose angles
-    depend on the longest row (`dynamic`, `longrope`), because the other rows' texts would change.
+    True for computed positions (RoPE), false for a table of positions, which ends at the context length. Also false for
+    RoPE types whose angles depend on the longest row (`dynamic`, `longrope`): other rows' texts would change.
     """
     settings = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [settings] if "rope_type" in settings else [*settings.values()]  # one for all layers, or one per type

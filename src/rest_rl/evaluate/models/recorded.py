@@ -17,7 +17,7 @@ Texts = str | list[list[str]]
 class Recording(NamedTuple):
     """The recorded response to a sample: a text, or for multi-turn samples a list of turns with a list of step texts.
 
-    `calls` are the tool calls that a server parsed, nested like the texts.
+    `calls` contains the tool calls if a server parsed them, nested like `texts`.
     """
 
     texts: Texts = ""
@@ -28,7 +28,7 @@ class Recording(NamedTuple):
 
 
 class Recorded(Model):
-    """Recorded responses by sample id. After the end of a recording the reply is empty, which ends the turn."""
+    """A model that returns recorded responses by sample id. If there are no more, the reply is empty (end of turn)."""
 
     def __init__(self, responses: Mapping[str, Recording]) -> None:
         self.responses = responses
@@ -57,7 +57,7 @@ def select_step(nested: Sequence[Sequence[Any]] | None, request: Request) -> Any
 
 
 class Oracle(Model):
-    """A model that responds with the gold. A sample that fails is impossible or reveals a bug in the evaluation."""
+    """A model that returns the gold. If a sample still fails, it cannot be solved, or the evaluation has a bug."""
 
     def __init__(self, tool_format: ToolFormat) -> None:
         self.format = tool_format
@@ -75,8 +75,8 @@ class Oracle(Model):
 def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Recording], list[str]]:
     """Read a JSONL file of `{"id", "response"}`, such as the samples.jsonl of an evaluation.
 
-    Returns the responses to samples of the benchmark, and the ids of all others. Raises UserError if a row is invalid,
-    an id occurs twice, or no response belongs to a sample.
+    Returns the responses to the samples in `groups`, by id, and the ids of all other responses. Raises UserError if a
+    row is invalid, an id occurs twice, or no response belongs to a sample in `groups`.
     """
     responses: dict[str, Recording] = {}
     for number, line in read_lines(path):

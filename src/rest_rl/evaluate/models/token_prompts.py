@@ -1,4 +1,4 @@
-"""Prompts as token ids with their response limits, and requests to a completions server."""
+"""Tokenize prompts and limit their responses to the context; build and parse requests to `/completions`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class TokenPrompt(NamedTuple):
 def prepare_prompt(
     request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None
 ) -> TokenPrompt | Reply:
-    """Render and tokenize a prompt, or return the reply that explains why there is none.
+    """Render and tokenize a prompt, or return the reply that explains why that is impossible.
 
-    The response limit is `max_new_tokens`, reduced to what the prompt leaves of the context. A prompt that leaves no
-    room for a single token is an overflow, which counts as wrong.
+    The response limit is `max_new_tokens`, or less if the prompt leaves less room in the context. A prompt that leaves
+    no room for a single token is reported as an overflow, which counts as wrong.
     """
     try:
         text = layout.render(request.sample)
@@ -46,7 +46,7 @@ def prepare_prompt(
 def compute_context_usage(
     request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None
 ) -> tuple[int, int] | None:
-    """Return (tokens of prompt plus longest response, context length), or None for an unlimited context.
+    """Return (tokens of the prompt plus a response of maximum length, context length); None if there is no limit.
 
     A prompt that cannot be rendered counts as 0 tokens; its reply explains the reason.
     """
@@ -57,7 +57,7 @@ def compute_context_usage(
 
 
 class TokenModel(Model):
-    """Base class of models in this process that continue token ids; renders prompts and handles limits."""
+    """Base class of models that run in this process: renders and tokenizes prompts, limits responses to the context."""
 
     layout: PromptLayout
     max_new_tokens: int
@@ -65,10 +65,10 @@ class TokenModel(Model):
 
     @abstractmethod
     def generate_replies(self, prompts: list[TokenPrompt]) -> list[Reply]:
-        """Return one reply per prompt; all prompts fit into the context."""
+        """Return one reply per prompt, in order; all prompts fit into the context."""
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Return one reply per request, in order; prompts that are too long or cannot be rendered skip the model."""
+        """Return one reply per request, in order. Prompts that are too long or cannot be rendered skip the model."""
         prompts = [prepare_prompt(request, self.layout, self.max_new_tokens, self.context) for request in requests]
         fitting = [prompt for prompt in prompts if isinstance(prompt, TokenPrompt)]
         replies = iter(self.generate_replies(fitting) if fitting else [])
@@ -79,7 +79,7 @@ class TokenModel(Model):
 
 
 def check_positive(**sizes: int | None) -> None:
-    """Raise UserError for a size below 1; None is allowed."""
+    """Raise a UserError that names the size if a size is below 1; None is allowed."""
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise UserError(f"{name} is {size}", "at least 1", "raise it")
@@ -97,7 +97,7 @@ def build_completion_body(prompt: TokenPrompt, layout: PromptLayout) -> dict[str
 
 
 def parse_completion(data: bytes, prompt: TokenPrompt, layout: PromptLayout) -> Reply:
-    """Parse the body of a text completion; MalformedResponseError if it is none."""
+    """Parse the body of a text completion. Raises MalformedResponseError if the body is something else."""
     body = chat.parse_body(data)
     if isinstance(body, Reply):
         return body
@@ -112,7 +112,7 @@ def parse_completion(data: bytes, prompt: TokenPrompt, layout: PromptLayout) -> 
 
 
 def strip_end_tokens(text: str, layout: PromptLayout) -> str:
-    """Strip special tokens other than tags from the end of a text, as `regions.decode_ids` does for ids."""
+    """Remove special tokens, except the format's tags, from the end of a text, as `regions.decode_ids` does for ids."""
     ends = tuple(sorted(layout.special_tokens.difference(layout.format.tags)))
     while end := max((end for end in ends if text.endswith(end)), key=len, default=""):
         text = text.removesuffix(end)

@@ -1,4 +1,4 @@
-"""A checkpoint in vLLM (optional): greedy decoding, with vLLM's own batching."""
+"""Run a checkpoint with vLLM (an optional dependency): greedy decoding, batched by vLLM."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """BFCL as conversations: single-turn samples with one request, and multi-turn samples whose calls are executed.
 
-The multi-turn loop follows upstream's loop for models with function calling: a turn ends with the first response
-without a call, and a conversation fails after the official number of steps in one turn. Calls are executed and judged
-in a separate process, and only if they match the offered tools.
+Multi-turn conversations follow BFCL's own loop for models with function calling: a turn ends with the first response
+without a call, and a conversation fails if a turn other than the last exceeds the official number of steps. Calls are
+executed and judged in a separate process. In multi-turn samples, calls that do not fit the offered tools are left out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Calls = list[dict[str, Any]]
 
 
 class SandboxPool:
-    """Lends each sandbox to one user at a time, and creates another when all are in use. Thread-safe."""
+    """A thread-safe pool that gives each sandbox to one user at a time and creates another when all are in use."""
 
     def __init__(self, package: BfclPackage, seconds: float, memory_mb: int) -> None:
         self._make = lambda: Sandbox(package, seconds=seconds, memory_mb=memory_mb)
@@ -75,17 +75,17 @@ class SandboxPool:
 
 
 class Bfcl(Benchmark):
-    """The samples of some categories of BFCL v3 or v4."""
+    """The BFCL benchmark, version v3 or v4, with all or some of its categories."""
 
     name = "bfcl"
 
     def __init__(
         self, version: Version, categories: Sequence[str] | None = None, *, seconds: float = 20.0, memory_mb: int = 2048
     ) -> None:
-        """Load the samples of the given categories or groups (non_live, live, multi_turn, all).
+        """Load the samples of the given categories or groups (non_live, live, multi_turn, all); None loads all samples.
 
-        `seconds` of CPU time and `memory_mb` limit the calls of a sample. Raises UserError for an unknown category, or
-        if the bfcl-eval release is not installed.
+        The limits for executing and checking the calls of a sample are `seconds` of CPU time and `memory_mb`. Raises
+        UserError for an unknown category, or if the bfcl-eval release is not installed.
         """
         self.version: Version = version
         self.categories = select_categories(version, categories)
@@ -113,7 +113,7 @@ class Bfcl(Benchmark):
             raise UserError(f"{error}", remedy="check the available memory and continue with --resume") from error
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return `official`, the official averages whose categories were fully scored, and the `version`."""
+        """Return `official`, the averages of the official table over fully scored categories, and `version`."""
         numbers = Counter(self.groups.values())
         scored = Counter(row["category"] for row in rows if "error" not in row)
         correct = Counter(row["category"] for row in rows if row.get("correct"))
@@ -125,7 +125,7 @@ class Bfcl(Benchmark):
 
 
 class SingleTurnConversation(SingleTurn):
-    """A conversation with one request, judged only by its calls."""
+    """The conversation of a single-turn BFCL sample; the verdict depends only on the calls in the response."""
 
     def __init__(self, entry: Entry, tool_format: ToolFormat, pool: SandboxPool, constants: Mapping[str, Any]) -> None:
         self._entry, self._pool = entry, pool
@@ -164,7 +164,7 @@ class SingleTurnConversation(SingleTurn):
 
 
 class MultiTurnConversation(Conversation):
-    """A conversation of several turns; each turn has as many steps as the model needs."""
+    """The conversation of a multi-turn BFCL sample. In each turn the model responds until it makes no call."""
 
     # State: `_messages` is the history that the next request shows. `_responses`, `_calls` and `_executed` are nested
     # by turn and step: texts and calls for the record, and the calls that passed the check, which are the ones executed

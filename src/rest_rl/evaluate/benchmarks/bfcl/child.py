@@ -1,4 +1,4 @@
-"""The server process that loads bfcl_eval: JSON lines in and out, no third-party imports except bfcl_eval's."""
+"""The server process that loads bfcl_eval, its only third-party import, and answers requests as JSON lines."""
 
 # Three kinds of processes, because loading the release takes seconds and model output is not trusted:
 #
@@ -33,7 +33,7 @@ CHECKS_PER_WORKER = 500
 
 
 class Pipes:
-    """One end of a connection that carries JSON lines."""
+    """One end of a two-way connection that carries one JSON object per line."""
 
     def __init__(self, inbox: int, outbox: int) -> None:
         self.inbox, self.outbox = inbox, outbox
@@ -75,7 +75,7 @@ def capture_result(handle: Callable[[], Any]) -> dict[str, Any]:
 
 
 class Server:
-    """Answers look-ups in this process, and requests that involve model output in forks."""
+    """Answers requests: look-ups in this process, and requests that contain model output in confined forks."""
 
     def __init__(self, pipes: Pipes, bfcl: BfclRelease, seconds: int, memory_mb: int) -> None:
         self.pipes, self.bfcl, self.seconds, self.memory_mb = pipes, bfcl, seconds, memory_mb
@@ -176,7 +176,7 @@ def describe_death(status: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Load the release, report the result, and serve requests until the input ends."""
+    """Load the bfcl-eval release, report whether that succeeded, and serve requests until the input ends."""
     version, folder, seconds, memory_mb = sys.argv[1:]
     sys.path.insert(0, folder)
     pipes = Pipes.standard()

@@ -1,4 +1,4 @@
-"""Convert BFCL's function documents and calls to the tools and calls of this package."""
+"""Convert BFCL's function documents to tool definitions, and the calls in responses to the values that BFCL expects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rest_rl.data.schemas import read_tool
 from rest_rl.response import ParsedResponse, ToolCall
 
 FALLBACK_TYPE = "string"
-"""What upstream shows for a type without a JSON name."""
+"""The JSON type of a parameter whose BFCL type has no JSON equivalent."""
 MAX_CALL_LENGTH = 1_000_000
 """Calls with more characters of JSON are neither executed nor checked."""
 PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
@@ -25,9 +25,9 @@ PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def to_tools(docs: Iterable[Mapping[str, Any]], types: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
-    """Convert function documents to tools; upstream's table `types` maps their types to JSON schema.
+    """Convert function documents to tool definitions; `types` maps BFCL's type names to JSON Schema types.
 
-    Everything else is kept: dots in names, defaults, `required`, and `response`, which chat templates may ignore.
+    Only types change. Dots in names, defaults, `required`, and `response` (which chat templates may ignore) are kept.
     """
 
     def in_json_types(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def parameter_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[s
 
 
 def coerce_calls(parsed: ParsedResponse, tools: Mapping[str, Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-    """Return the calls of a response; if the format writes values as text, convert them by the tools' schemas."""
+    """Return the calls of a response; if its format writes values as text, with the types in the tools' schemas."""
     if not parsed.text_values:
         return parsed.calls
     return tuple(
@@ -63,7 +63,7 @@ def coerce_calls(parsed: ParsedResponse, tools: Mapping[str, Mapping[str, Any]])
 def coerce_value(value: Any, schema: Mapping[str, Any]) -> Any:
     """Convert a value to the schema's type: 5 becomes "5" for a string, "[1]" becomes [1] for an array.
 
-    Text that does not represent a value of the type stays text, and the checker decides.
+    Text that does not represent a value of the type stays text; the checker then judges it.
     """
     kind = str(schema.get("type"))
     if kind == "string":
@@ -85,7 +85,7 @@ def to_sendable(call: ToolCall) -> dict[str, Any] | None:
 
 
 def to_record(call: ToolCall) -> dict[str, Any]:
-    """Return the call for the row; arguments that are too large are dropped."""
+    """Return the call as written to samples.jsonl, without its arguments if they are too large or not valid JSON."""
     return to_sendable(call) or {"name": call.name[:200], "arguments": {}}
 
 

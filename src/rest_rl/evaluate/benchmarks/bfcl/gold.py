@@ -1,4 +1,4 @@
-"""One acceptable answer per BFCL sample, for the oracle, which must score 100 %.
+"""Build one acceptable answer per single-turn BFCL sample. The oracle returns these answers and must score 100 %.
 
 The published answers list alternatives per argument; the alternative "" means that the argument may be omitted. The
 arguments of Java and JavaScript functions are strings that contain literals of these languages.
@@ -21,13 +21,13 @@ NO_TOOL_GOLD = Gold((), "None of the tools can do this.")
 OMITTED = ""
 """The alternative that marks an optional argument."""
 JAVA_CLASSES = {"integer": "int", "any": "Object"}
-"""Java's names of published types."""
+"""The Java names of types in the published function documents."""
 PLAUSIBLE: Mapping[str, Any] = {"integer": 1, "float": 1.0, "boolean": True, "array": [], "tuple": [], "dict": {}}
 """An example value per published type; other types get a text."""
 
 
 def build_gold(entry: Mapping[str, Any]) -> Gold:
-    """Return an acceptable answer to a single-turn sample from `Sandbox.entries`."""
+    """Return an acceptable answer to `entry`, a single-turn sample from `Sandbox.entries`."""
     category: str = entry["category"]
     if category in UNANSWERED:
         return NO_TOOL_GOLD
@@ -45,7 +45,7 @@ def build_gold(entry: Mapping[str, Any]) -> Gold:
 
 
 def plausible_call(doc: Mapping[str, Any]) -> ToolCall:
-    """Return a call with an example value for every required argument."""
+    """Return a call of the function that `doc` describes, with an example value for every required argument."""
     parameters = doc["parameters"]
     kinds = {name: parameters["properties"].get(name, {}).get("type") for name in parameters.get("required", [])}
     return ToolCall(doc["name"], {name: PLAUSIBLE.get(kind, "text") for name, kind in kinds.items()})
@@ -54,7 +54,7 @@ def plausible_call(doc: Mapping[str, Any]) -> ToolCall:
 def choose_arguments(
     alternatives: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any], literal: LiteralWriter
 ) -> dict[str, Any]:
-    """Choose the first alternative of each argument; omit optional arguments."""
+    """Choose the first alternative of each argument and write it with `literal`; omit arguments that may be omitted."""
     chosen: dict[str, Any] = {}
     for name, choices in alternatives.items():
         may_be_omitted = OMITTED in choices and name not in parameters.get("required", [])
@@ -70,7 +70,7 @@ def first_given(choices: Sequence[Any]) -> Any:
 def choose_value(value: Any) -> Any:
     """Choose the first alternative of every field of an object, or of the objects in a list; omit optional fields.
 
-    Alternatives are nested only one level deep; the checker compares deeper values literally.
+    Only these fields list alternatives. The checker compares the values nested in them literally.
     """
     if isinstance(value, list):
         return [choose_value(item) if isinstance(item, Mapping) else item for item in value]
@@ -84,14 +84,14 @@ def choose_value(value: Any) -> Any:
 
 
 def select_literal_writer(category: str) -> LiteralWriter:
-    """Return the literal writer of a category's language."""
+    """Return the function that writes argument values as literals of the category's programming language."""
     if category.endswith("javascript"):
         return javascript_literal
     return java_literal if category.endswith("java") else lambda value, schema: value
 
 
 def java_literal(value: Any, schema: Mapping[str, Any]) -> str:
-    """Write a value as Java source, by the type of its argument; text stays unquoted, as in the published answers.
+    """Write a value as a Java literal of the type in `schema`. Text stays unquoted, as in the published answers.
 
     >>> java_literal([101, 202], {"type": "ArrayList", "items": {"type": "long"}})
     'new ArrayList<>(Arrays.asList(101L, 202L))'
@@ -117,7 +117,7 @@ def _java_element(value: Any, kind: str | None) -> str:
 
 
 def javascript_literal(value: Any, schema: Mapping[str, Any]) -> str:
-    """Write a value as JavaScript source; text stays unquoted, as in the published answers."""
+    """Write a value as a JavaScript literal, by its type in `schema`. Text stays unquoted, as in published answers."""
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False) + ("n" if schema.get("type") == "Bigint" else "")

@@ -1,8 +1,8 @@
 """The categories of BFCL, their selection, and the averages of the official table.
 
-An average over incomplete categories would look like the official number without being comparable to it (upstream
+An average over incomplete categories would look like the official number without being comparable to it (BFCL itself
 counts a missing category as 0). Averages are therefore only computed from complete categories. The overall score of v4
-is never reported, because 40 % of it comes from the agentic part, which is not supported.
+is never reported, because 40 % of it comes from the agentic part, which this package does not support.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RELEVANCE = "live_relevance"
 
 
 def select_categories(version: Version, names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the categories of the given category or group names, in official order; all of them for None."""
+    """Return the selected categories in official order. `names` are categories or groups; None selects all."""
     parts = {"non_live": NON_LIVE[version], "live": LIVE, "multi_turn": MULTI_TURN}
     known = tuple(category for part in parts.values() for category in part)
     groups = {"all": known, **parts}
@@ -52,8 +52,8 @@ def select_categories(version: Version, names: Sequence[str] | None) -> tuple[st
 def official_averages(version: Version, complete: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, Any]]:
     """Return the averages of the official table whose categories are all in `complete`.
 
-    `complete` maps categories to (correct, number of samples). Each average has `accuracy`, a 95 % interval from `low`
-    to `high` (`weighted_mean` of the Wilson intervals of its categories), the categories (`of`) and their `weights`.
+    `complete` maps categories to (correct samples, all samples). Each average has `accuracy`, a 95 % interval from
+    `low` to `high` (`weighted_mean` of its categories' Wilson intervals), its categories (`of`), and their `weights`.
     """
     shares = {name: Interval(right / n, *wilson_interval(right, n)) for name, (right, n) in complete.items()}
     found: dict[str, dict[str, Any]] = {}
@@ -66,12 +66,12 @@ def official_averages(version: Version, complete: Mapping[str, tuple[int, int]])
 
 
 def average_weights(version: Version, numbers: Mapping[str, int]) -> dict[str, Mapping[str, float]]:
-    """Return the weight of each category in the averages of the official table.
+    """Return the weight of each category in each average of the official table.
 
-    v3: Non-Live is the mean of Simple (itself a mean of three), multiple, parallel, parallel_multiple and irrelevance.
-    Live is the accuracy over all samples of its six categories, Multi-Turn the mean of its four categories, and Overall
-    the mean of the three. v4 removes the relevance and irrelevance categories from Non-Live and Live and reports the
-    mean of the two irrelevance categories as a separate part. `numbers` is the number of samples of each category.
+    v3: Non-Live is the mean of Simple (a mean of three categories), multiple, parallel, parallel_multiple, irrelevance.
+    Live is the accuracy over all samples of its six categories, Multi-Turn the mean of its four categories, Overall the
+    mean of these three averages. v4: Non-Live and Live exclude relevance and irrelevance, and Irrelevance is a separate
+    average. `numbers` contains the number of samples of each category.
     """
     simple, plain = mean_weights(*NON_LIVE[version][:3]), NON_LIVE[version][3:]
     if version == "v4":
@@ -83,12 +83,12 @@ def average_weights(version: Version, numbers: Mapping[str, int]) -> dict[str, M
 
 
 def mean_weights(*parts: str | Mapping[str, float]) -> Mapping[str, float]:
-    """Return the weights of an unweighted mean of categories or of disjoint parts."""
+    """Return the weight of each category in the mean of `parts`: categories, or averages (given as weights)."""
     weights = [{part: 1.0} if isinstance(part, str) else part for part in parts]
     return {name: weight / len(parts) for part in weights for name, weight in part.items()}
 
 
 def weights_by_samples(names: Sequence[str], numbers: Mapping[str, int]) -> Mapping[str, float]:
-    """Return weights proportional to the number of samples; 0 for categories without any."""
+    """Return weights proportional to the numbers of samples, for the accuracy over all samples."""
     total = sum(numbers.get(name, 0) for name in names) or 1
     return {name: numbers.get(name, 0) / total for name in names}

@@ -1,4 +1,4 @@
-"""Find the two supported releases of bfcl-eval; nothing of them is imported into this process."""
+"""Find the installed bfcl-eval release of a BFCL version, without importing it into this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PINS: dict[Version, str] = {"v3": "2025.6.14", "v4": "2026.3.23"}
 
 
 class BfclPackage(NamedTuple):
-    """An installed release."""
+    """An installed release of bfcl-eval."""
 
     version: Version
     folder: Path
@@ -24,12 +24,12 @@ class BfclPackage(NamedTuple):
 
     @property
     def pin(self) -> str:
-        """The pin printed on every table, such as `bfcl-eval 2025.6.14 (BFCL v3)`."""
+        """The release as printed on every table, such as `bfcl-eval 2025.6.14 (BFCL v3)`."""
         return f"bfcl-eval {PINS[self.version]} (BFCL {self.version})"
 
 
 def find_package(version: Version) -> BfclPackage:
-    """Find the release in $REST_RL_BFCL_V3 (or _V4), in the environment's share folder, or among its packages."""
+    """Find bfcl-eval in $REST_RL_BFCL_V3 (or _V4), in the Python environment's share folder, or among its packages."""
     variable, share = f"REST_RL_BFCL_{version.upper()}", share_folder(version)
     if given := os.environ.get(variable):
         if (found := find_release(Path(given))) != PINS[version]:

@@ -1,6 +1,6 @@
-"""The bfcl_eval package: its samples, executor and checkers. Only the process that `sandbox` starts loads it.
+"""Access to bfcl_eval's samples, executor and checkers. Only the process that `sandbox` starts uses this module.
 
-Calls of a model arrive as JSON. `write_call` is the only place that turns them into text for the executor's `eval`.
+A model's calls arrive as JSON. Only `write_call` turns them into text, which bfcl_eval's executor passes to `eval`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_MESSAGE_LENGTH = 2000
 
 
 class InvalidRequestError(ValueError):
-    """The request refers to something that does not exist; the caller raises a ValueError."""
+    """A request refers to something that does not exist. In the client the request raises a ValueError."""
 
 
 def stub_unneeded_modules() -> None:
@@ -54,7 +54,7 @@ def import_bfcl(name: str) -> Any:
 
 
 class BfclRelease:
-    """The loaded release and the samples read so far."""
+    """The imported bfcl_eval release, and the samples read from it so far."""
 
     def __init__(self, version: str) -> None:
         stub_unneeded_modules()

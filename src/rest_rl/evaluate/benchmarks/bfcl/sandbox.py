@@ -1,7 +1,7 @@
-"""Client of the process that runs bfcl_eval: its data, executors and checkers.
+"""Client of the process that runs bfcl_eval to read samples, execute calls and check them.
 
-Model output is handled in confined forks of that process. Any failure there becomes a verdict or a `SandboxError`, and
-the next sample gets a fresh process.
+Model output is handled in confined forks of that process. An exception in a checker becomes a verdict. After any other
+failure the request raises a `SandboxError`, and the next request starts a new process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_INTEGER_BITS = 14_000
 
 
 class Verdict(NamedTuple):
-    """The verdict of a checker."""
+    """A checker's verdict: whether the response is valid, and if not, BFCL's error type and message."""
 
     valid: bool
     error_type: str = ""
@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
 
 
 class SandboxError(RuntimeError):
-    """The process died or was killed during a request; the message contains the reason."""
+    """The process failed, died or was killed during a request; the message contains the reason."""
 
     def __init__(self, message: str, *, is_limit: bool = False) -> None:
         # is_limit: the request exceeded a limit and would again; otherwise the cause may lie outside, and a retry helps
@@ -58,13 +58,13 @@ class SandboxError(RuntimeError):
 
 
 class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
-    """One server process with one release, started on the first request and restarted after it died.
+    """A process that runs one bfcl-eval release. A request starts the process if it is not running.
 
-    Not thread-safe; the pool lends each sandbox to one user at a time.
+    Not thread-safe; `SandboxPool` gives each sandbox to one user at a time.
     """
 
     def __init__(self, package: BfclPackage, *, seconds: float = 20.0, memory_mb: int = 2048) -> None:
-        """Set the limits of the forks: CPU seconds per sample, and memory."""
+        """Set the limits of the forks that handle model output: CPU seconds per sample, and memory in MiB."""
         if not hasattr(os, "fork"):
             raise UserError(f"BFCL does not run on {sys.platform}", remedy="use Linux, macOS or WSL")
         self._package, self._seconds, self._memory_mb = package, seconds, memory_mb
@@ -76,19 +76,19 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         self.close()
 
     def entries(self, category: str) -> list[dict[str, Any]]:
-        """Return samples with `ground_truth` and the tools for the model (`function`) and the checker (`checked`)."""
+        """Return a category's samples: `ground_truth`, tools for the model (`function`) and the checker (`checked`)."""
         return self._look_up("entries", category)
 
     def constants(self) -> dict[str, Any]:
-        """Return the text that announces held-out functions, a turn's step limit, and JSON types for BFCL's types."""
+        """Return `updated_functions` (announces new tools), `max_steps` per turn, and `types` (BFCL's to JSON's)."""
         return self._look_up("constants")
 
     def gold_calls(self, identity: str) -> list[list[dict[str, Any]]]:
-        """Return the gold calls of each turn of a conversation as {"name", "arguments"}."""
+        """Return the gold calls of a multi-turn sample: one list per turn of calls {"name", "arguments"}."""
         return self._look_up("gold_calls", identity)
 
     def check_calls(self, identity: str, category: str, calls: Sequence[Mapping[str, Any]]) -> Verdict:
-        """Return the official verdict on the calls {name: {argument: value}} of a single-turn sample."""
+        """Return the official verdict on the calls of a single-turn sample, each given as {name: {argument: value}}."""
         if problem := _find_json_problem(calls):
             return Verdict(False, "checker_error: ValueError", problem)
         self._end_session()
@@ -96,7 +96,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         return Verdict(*retry_if_ended(ask))
 
     def session(self, identity: str) -> Session:
-        """Start a conversation with fresh backends; this ends the previous session."""
+        """Start a conversation with fresh backends (BFCL's simulated APIs). This ends the previous session."""
         self._end_session()
         self._session = Session(partial(self._ask_about_sample, identity.rpartition("_")[0]), identity)
         return self._session
@@ -181,7 +181,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
 
 
 class Session(contextlib.AbstractContextManager["Session"]):
-    """Executes the calls of one conversation on its own backends; created by `Sandbox.session`."""
+    """Executes the calls of one conversation on backends that no other session uses; created by `Sandbox.session`."""
 
     def __init__(self, ask: Callable[..., Any], identity: str) -> None:
         self._ask, self._sample = ask, (identity, identity.rpartition("_")[0])
@@ -192,7 +192,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self.close()
 
     def execute(self, calls: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Execute calls {"name", "arguments"} and return each result, or the official error text."""
+        """Execute calls {"name", "arguments"} and return one text per call: its result, or BFCL's error message."""
         if not self.is_open:
             self._ask("open", *self._sample)
             self.is_open = True
@@ -201,7 +201,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         return self._ask("execute", self._sample[0], list(map(_to_sendable, calls)))
 
     def check(self, turns: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> Verdict:
-        """Return the official verdict on all turns (lists of steps, which are lists of calls) and end the session."""
+        """Return the official verdict and end the session; `turns` contains the calls, nested by turn and step."""
         # The checker replays all calls on its own backends, so the session's process need not be alive any more.
         sendable = [[list(map(_to_sendable, step)) for step in turn] for turn in turns]
         if self.is_open and not self.is_over:
@@ -219,7 +219,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
 
 def retry_if_ended(ask: Callable[[], Any]) -> Any:
-    """Call `ask`, and repeat it if the process died without exceeding a limit (e.g. killed from outside)."""
+    """Return `ask()`. If the process dies without exceeding a limit (e.g. killed from outside), try again."""
     for _ in range(MAX_TRIES - 1):
         try:
             return ask()

@@ -1,4 +1,4 @@
-"""Confinement of a process that handles model output: limits, no files, no network, no other processes."""
+"""Confine a process that handles model output: limit CPU time and memory, refuse files, network and other processes."""
 
 # What this isolates, and what it does not. A model's calls are JSON values passed to known methods (see
 # `release.write_call`), so running arbitrary code would take a bug there or in a backend. This is the second line of
@@ -38,7 +38,7 @@ def enter_empty_network() -> bool:
 
 
 def set_limit(kind: int, value: int, grace: int = 0) -> None:
-    """Lower one resource limit, if the system supports it (macOS does not limit memory)."""
+    """Lower a resource limit, with a hard limit `grace` above it, if the system supports it (macOS: not for memory)."""
     _, most = resource.getrlimit(kind)
     hard = value + grace if most == resource.RLIM_INFINITY else min(value + grace, most)
     with contextlib.suppress(ValueError, OSError):
@@ -46,7 +46,7 @@ def set_limit(kind: int, value: int, grace: int = 0) -> None:
 
 
 def confine(seconds: int, memory_mb: int) -> None:
-    """Restrict this process to computing within the limits; this cannot be undone."""
+    """Limit this process's CPU time and memory, and refuse files, network and processes. This is irrevocable."""
     set_limit(resource.RLIMIT_AS, memory_mb << 20)
     set_limit(resource.RLIMIT_CPU, seconds, grace=2)
     for nothing in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
@@ -55,7 +55,7 @@ def confine(seconds: int, memory_mb: int) -> None:
 
 
 def install_audit_guard(readable: list[str]) -> None:
-    """Refuse files, network and processes for good, except for reading below the given folders."""
+    """Refuse files, network and processes irrevocably, except for reading files in the given folders."""
     folders = tuple(folder.rstrip(os.sep) + os.sep for folder in readable)
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
@@ -80,7 +80,7 @@ def is_below(path: Any, folders: tuple[str, ...]) -> bool:
 
 
 def describe_exit(status: int) -> tuple[str, bool]:
-    """Return why a process ended, and whether the process itself was the cause (always, except for SIGKILL)."""
+    """Return why a process with this wait status ended, and whether it was the cause (always, except for SIGKILL)."""
     code = os.waitstatus_to_exitcode(status)
     if -code in (signal.SIGXCPU, signal.SIGPROF):
         return "it ran out of processor time", True
