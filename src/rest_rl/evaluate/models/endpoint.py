@@ -137,7 +137,7 @@ class Endpoint(Model):
 
         `retries` is how often a request is repeated (after the server's `Retry-After`) if the connection fails, the
         response is malformed or the status is 408, 409, 429 or 5xx. `context` is the context length (default: the
-        server's); `context_usage` needs it and a `layout`. A `frame` sends tools and history as text worded as in ToolRL.
+        server's); `context_usage` needs it and a `layout`. A `frame` turns tools and history into text as in ToolRL.
         """
         try:
             import openai
