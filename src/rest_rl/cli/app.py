@@ -1,4 +1,4 @@
-"""The command line `rest-rl`; each command imports heavy libraries only when it runs.
+"""The command line `rest-rl`. Commands import heavy libraries only when they run.
 
 A mistake of the user (`UserError`) is printed as one line, with exit code 2; `--debug` shows the traceback. Any other
 exception is a bug: it keeps its traceback, and the exit code is 1.
@@ -54,7 +54,7 @@ def root(
 
 
 def add(verb: Callable[..., Any], short_help: str, epilog: str | None = None) -> None:
-    """Add a function as a command; name, options and help come from the function."""
+    """Add a function as a command; Typer derives its name, options and help from the function."""
     app.command(verb.__name__, cls=Verb, short_help=short_help, epilog=epilog)(verb)
 
 
@@ -139,7 +139,7 @@ def describe_usage_error(error: typer.TyperException) -> str:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments before and after `--`, which a parser would merge."""
+    """Return the arguments before the first `--` and those after it; the parser would merge them."""
     given = list(argv)
     at = given.index("--") if "--" in given else len(given)
     return given[:at], given[at + 1 :]

@@ -54,7 +54,7 @@ Option = partial(typer.Option, rich_help_panel="Reading")
 
 @dataclass(frozen=True)
 class Reading:
-    """Options for reading files, shared by four of the commands."""
+    """The options for reading files that `check`, `convert`, `show` and `split` share."""
 
     source: Annotated[str, Option(metavar="S", help=f"row shape: {SHAPES}")] = "auto"
     keep_prompts: Annotated[bool, Option("--keep-prompts", help="keep published prompts word for word")] = False
@@ -124,7 +124,7 @@ class Reading:
 
 
 def add(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that adds a subcommand of `data`; a parameter `reading` adds the options of `Reading`."""
+    """Return a decorator that makes a function a subcommand of `data`; a parameter `reading` adds `Reading`."""
     # Typer builds options from signatures and has no way to share them. `call` therefore pretends to have the
     # parameters of the function and the fields of `Reading`, and packs the latter into one object.
 

@@ -1,4 +1,4 @@
-"""The command `eval`: one subcommand per benchmark, and others to compare and tabulate evaluations."""
+"""The command `eval`: one subcommand per benchmark, and the subcommands `diff` and `table` for evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands `inspect` and `presets`: regions and weights of given tokens, and the settings of presets."""
+"""The commands `inspect` and `presets`, which show token weights of responses and settings of presets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PRESETS_IN_WORDS = {
 
 
 class Inspected(NamedTuple):
-    """A response as training reads it: the ids, and for each token its bytes, region and weight."""
+    """The token ids of a response, and the bytes (`pieces`), region and weight of each token in training."""
 
     ids: list[int]
     pieces: list[bytes]

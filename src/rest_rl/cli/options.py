@@ -1,4 +1,4 @@
-"""Shared parts of the commands: common options, plain-text help, renamed options, the settings after `--`."""
+"""Shared code of the commands: common options, plain-text help, renamed options, and settings after `--`."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def verb_group(**settings: Any) -> typer.Typer:
 
 
 def with_new_names(arguments: Sequence[str]) -> list[str]:
-    """Return the command line with renamed options and subcommands under their new names; warn about each on stderr."""
+    """Replace old names of options and subcommands by the new names, with a warning on stderr for each."""
     # Runs before the parser, so that help pages and error messages know only the new names. A subcommand is replaced
     # only directly after its command: in `eval bfcl --out compare`, "compare" is a value.
     command_at = next((at for at, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
@@ -110,10 +110,9 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
 
 
 def is_debug(context: typer.Context) -> bool:
-    """Return whether the user passed `--debug`."""
     return bool(context.find_root().params["debug"])
 
 
 def settings_after_dashes(context: typer.Context) -> list[str]:
-    """Return verl's own settings, which follow `--`."""
+    """Return the settings for verl that the user passed after `--`."""
     return list(context.find_root().obj)

@@ -1,4 +1,4 @@
-"""The command `score`: rewards of recorded responses; imports no torch."""
+"""The command `score`: compute the rewards of recorded responses, without importing torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def score(
 
 
 def format_of_rows(name: str, file: str) -> tuple[str, Iterator[tuple[int, bytes]]]:
-    """Return the name of the format and all rows; `auto` detects the format from the first responses."""
+    """Return the format name and all numbered rows of a file; `auto` detects the format from the first responses."""
     from rest_rl.formats import get_format
     from rest_rl.formats.detect import MAX_RESPONSES, choose_format
     from rest_rl.jsonl import read_lines, response_texts

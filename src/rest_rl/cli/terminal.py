@@ -1,4 +1,4 @@
-"""Terminal output: progress, tables, and responses colored by region."""
+"""Print progress, tables, and responses colored by region to the terminal."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def to_symbol(code: int) -> str:
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a line verbatim: no markup, no highlighting, no wrapping."""
+    """Print a line without markup, highlighting or wrapping."""
     console.print(printable(text), highlight=False, markup=False, soft_wrap=True, style=style)
 
 
 def show_colored(tokens: Iterable[tuple[str, str]], console: Console) -> None:
-    """Print pieces of text, each in the color of its region."""
+    """Print (text, region label) pairs without separators, each text in the color of its region."""
     # Segments bypass rich's Text, whose wrapping measures every character and takes seconds for long responses.
     segments = [
         Segment(printable("".join(piece for piece, _ in group)), Style.parse(REGION_COLORS[region]))
@@ -61,7 +61,7 @@ def show_colored(tokens: Iterable[tuple[str, str]], console: Console) -> None:
 
 
 def legend(weights: Mapping[str, float] | None = None) -> Text:
-    """Return the regions in their colors, with their weights if given, in one line of 80 columns."""
+    """Return the region labels in their colors, with weights if given, on one line of at most 80 columns."""
     text = Text()
     for label, color in REGION_COLORS.items():
         weight = (weights or {}).get(label)
@@ -73,7 +73,7 @@ def legend(weights: Mapping[str, float] | None = None) -> Text:
 def show_tokens(
     title: str, runs: Iterable[tuple[str, str]], regions: Sequence[int], weights: Sequence[float], console: Console
 ) -> None:
-    """Show a colored response and a table of its regions; `regions` and `weights` have one entry per token."""
+    """Show a response, given as (text, region label) pairs, and a table of its tokens' regions and weights."""
     console.rule(title, align="left", style="dim")
     show_colored(runs, console)
     table = Table("region", "tokens", "share", "mean weight", box=None, header_style="dim")
@@ -89,7 +89,7 @@ def show_tokens(
 
 
 def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]], console: Console) -> None:
-    """Show a table whose first column is text, folded if necessary, and whose other columns are numbers."""
+    """Show a table; the first column is left-aligned and wraps if necessary, the others are right-aligned."""
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
@@ -100,7 +100,7 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]],
 
 
 def split_at_spans(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, str]]:
-    """Split a text at its spans; yield each piece with the label of its region."""
+    """Split a text at its spans; yield each piece with its region label, `other` between spans."""
     end = 0
     for span in spans:
         yield text[end : span.start], Region.OTHER.label
@@ -118,7 +118,7 @@ def split_recorded(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Console) -> None:
-    """Show quantities, their values and how each was estimated; on a terminal, the last column wraps."""
+    """Show rows of (quantity, value, how it was estimated); on a terminal, the last column wraps."""
     rows = list(rows)
     if not console.is_terminal:
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -135,10 +135,10 @@ def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Con
 
 
 class Screen(Observer):
-    """The observer of the command line: text, tables and progress bars (plain lines without a terminal)."""
+    """The observer that prints to the console, with progress bars on a terminal and progress lines elsewhere."""
 
     def __init__(self, console: Console | None = None, show_every: int = 0) -> None:
-        """Show a sample response every `show_every` steps, 0 for none."""
+        """Create an observer that shows a sample response every `show_every` steps; 0 shows none."""
         self.console, self.show_every = console or Console(), show_every
         self.console.file = self.console.file  # binds today's sys.stdout, which a workflow may redirect later
         self._weights: dict[str, float] = {}
@@ -203,7 +203,7 @@ class Screen(Observer):
             self._tracks[-1](step, total, note)
 
     def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show the first response of every `show_every`-th step."""
+        """Show the first response if a sample is due at this step."""
         if not self.show_every or (step - 1) % self.show_every or not rows:
             return
         row = rows[0]
@@ -212,7 +212,7 @@ class Screen(Observer):
         self.console.print(legend(self._weights))
 
     def on_finding(self, finding: Finding) -> None:
-        """Show a finding of the diagnosis: the figure, then cause and remedy."""
+        """Show a finding of the diagnosis, with its likely cause and remedy."""
         say(self.console, f"step {finding.step}: {finding.figure}", style="yellow")
         say(self.console, f"  likely cause: {finding.cause}\n  remedy: {finding.remedy}")
 

@@ -14,7 +14,7 @@ from rest_rl.runlog import METRICS, RESPONSES, TIMING, RunLog, read_rows
 
 
 class Checkpoint(NamedTuple):
-    """The point from which a run resumes: the beginning of the run if `folder` is None."""
+    """A step from which a run can resume; without a `folder`, the run starts from the beginning."""
 
     step: int
     folder: Path | None = None
@@ -25,7 +25,7 @@ class Checkpoint(NamedTuple):
 def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[str]]:
     """Return the newest complete checkpoint of a run folder and the names of newer incomplete ones.
 
-    Without a checkpoint the run resumes from the beginning; UserError if more than `save_steps` steps are finished.
+    Without a complete checkpoint, return step 0 if at most `save_steps` steps are finished, else raise UserError.
     """
     broken: list[str] = []
     for folder in sorted(log.checkpoints.glob("checkpoint-*"), key=checkpoint_step, reverse=True):

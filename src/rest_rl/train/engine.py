@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class StopPoint(NamedTuple):
-    """The number of finished steps when an engine returned, and whether it was interrupted before the last one."""
+    """Where an engine stopped training: the number of finished steps, and whether it was interrupted before the end."""
 
     step: int
     is_interrupted: bool = False
@@ -26,15 +26,15 @@ AfterStep = Callable[[int], "Row | None"]
 
 
 class Engine(Protocol):
-    """The workflow calls these methods in this order.
+    """A training backend; the workflow in `train/run.py` calls these methods in this order.
 
-    The constructor `(config, layout, observer)` and `prepare` find every mistake of the user and raise a UserError. The
-    run folder is created only after both have succeeded.
+    The constructor `(config, layout, observer)` and `prepare` raise a UserError for every mistake of the user that they
+    can find. A new run folder is created only after both have succeeded.
     """
 
     @property
     def max_response_tokens(self) -> int:
-        """Tokens of the longest response that training samples; 1 if training samples none."""
+        """The maximum number of tokens of a sampled response; 1 for supervised training, which samples no responses."""
         ...
 
     def find_resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
@@ -42,27 +42,27 @@ class Engine(Protocol):
         ...
 
     def prepare(self, data: TrainingData, log: RunLog, checkpoint: Checkpoint) -> Checkpoint:
-        """Load and check everything; write nothing to `log.folder`.
+        """Check the data and settings and load what training needs; write nothing to `log.folder`.
 
-        Passes samples that the engine cannot train on to `data.reject`. Returns the checkpoint with `is_last` set.
+        Pass samples that the engine cannot train on to `data.reject`. Return the checkpoint with `is_last` corrected.
         """
         ...
 
     def start(self, log: RunLog) -> None:
-        """Get ready to train; the run folder is open and has been truncated to the checkpoint."""
+        """Create the trainer or write its input files; `log` is open and contains no rows after the checkpoint."""
         ...
 
     def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> Mapping[str, Any] | None:
-        """Return the scores of the current policy; None if the engine runs its own evaluation or cannot do so here."""
+        """Return the current policy's scores on the prompts, or None if the engine cannot evaluate on request."""
         ...
 
     def run(self, after_step: AfterStep) -> StopPoint:
-        """Train from the checkpoint to the last step; return at once if the checkpoint is of the last step.
+        """Train from the checkpoint to the last step; return at once if the run has finished training.
 
-        An engine that runs its own evaluation does not call `after_step`.
+        Call `after_step` after every step, unless the engine runs interim evaluations itself.
         """
         ...
 
     def save_model(self) -> None:
-        """Save the trained model, or its adapter, and the tokenizer to `log.model`."""
+        """Save the trained model (only the adapter if the run trains one) and the tokenizer to `log.model`."""
         ...

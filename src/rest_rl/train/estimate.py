@@ -1,10 +1,10 @@
-"""Estimate a run before it starts: memory of one process by part, work per step, and whether the device has room.
+"""Estimate a run before it starts: the memory of each process, the work per step, and whether the run fits its device.
 
-Every figure names its kind. *Exact*: shapes and settings determine it (weights, gradients, optimizer states, KV cache).
-*Bound*: activations, one generous term each for update and prefill, and a flat allowance. *Measured*: on a GPU, the
-peak memory of a forward and backward pass over the longest prompt with the longest response replaces the bound.
-Not included: images and fragmentation. Mixtures of experts count as if every expert were active, `paged_` optimizers as
-if they stayed on the device.
+Each memory figure is marked *exact*, *bound* or *measured*. Exact figures follow from shapes and settings: weights,
+gradients, optimizer states, KV cache. Bounds are generous: the activations of the update and of the prefill, and a flat
+allowance for libraries. On a GPU, the peak of a forward and backward pass over the longest prompt and response can be
+measured and replaces the bound of the update. Images and memory fragmentation are not included. The estimate assumes
+that every expert of a mixture of experts is active, and that `paged_` optimizers stay on the device.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ OPTIMIZER_COPIES: dict[str, float] = {"sgd": 0, "adafactor": 0.01, "adagrad": 1,
 
 
 class Device(NamedTuple):
-    """The device that trains: its name and memory in bytes; for a CPU the memory that is available now."""
+    """The device that trains, with its memory in bytes; for a CPU, `bytes` is the memory that is available now."""
 
     name: str
     bytes: int
@@ -57,7 +57,7 @@ class Device(NamedTuple):
 
 
 class ParameterCounts(NamedTuple):
-    """Numbers of parameters: all, trained (the adapter's if there is one), and those that 4-bit loading shrinks."""
+    """Parameters of the model (`base`), trained parameters, and those that 4-bit loading quantizes (`linear`)."""
 
     base: int
     trained: int
@@ -65,7 +65,7 @@ class ParameterCounts(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """The work of a run over all processes; in supervised training a prompt includes its demonstration."""
+    """Batch sizes, lengths and steps of a run, over all processes; supervised prompts include their demonstrations."""
 
     samples: int
     median_tokens: int  # of the prompts
@@ -78,7 +78,7 @@ class Workload(NamedTuple):
 
 
 class MemoryPart(NamedTuple):
-    """One part of a process's memory: its name, when it is in use, its size, and where the figure comes from."""
+    """One part of a process's memory: its name, the phase that uses it, its size, and how the size was found."""
 
     name: str
     phase: Phase
@@ -88,7 +88,7 @@ class MemoryPart(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory and work of a run; memory is that of one process on its device."""
+    """The estimated work of a run, and the memory that one of its processes needs on its device."""
 
     size: ParameterCounts
     work: Workload
@@ -96,12 +96,12 @@ class Estimate:
     device: Device | None
 
     def phase_bytes(self, phase: Phase) -> int:
-        """Return the peak of a phase, including what is always in use."""
+        """Return the peak memory of a phase in bytes, including the parts that are always in use."""
         return sum(part.bytes for part in self.parts if part.phase in ("always", phase))
 
     @property
     def total(self) -> int:
-        """The larger peak of the two phases."""
+        """The peak memory of the run in bytes: the larger peak of update and generation."""
         return max(self.phase_bytes("update"), self.phase_bytes("generation"))
 
 
@@ -118,19 +118,20 @@ def estimate_resources(
     device: Device | None = None,
     measure: bool = False,
 ) -> Estimate:
-    """Estimate a run from `[model]`, `[data]`, `[eval]` and its trainer's configuration; loads no weights.
+    """Estimate the memory and work of a run from its settings, without loading weights.
 
     Args:
-        config: the run.
+        config: the run, of which the tables `[model]`, `[data]` and `[eval]` are read.
         model_config: the model's transformers configuration.
-        args: a `ResTConfig`, `GRPOConfig` or `SFTConfig`.
+        args: the trainer's configuration, a `ResTConfig`, `GRPOConfig` or `SFTConfig`.
         lora: the `peft.LoraConfig`, or None for full fine-tuning.
-        prompt_tokens: tokens of each training prompt; for an `SFTConfig`, of prompt and demonstration.
+        prompt_tokens: the length of each training prompt; for an `SFTConfig`, of prompt and demonstration together.
         samples: the number of training prompts, if `prompt_tokens` covers only some of them.
-        processes: the number of processes; default: as `args` says.
-        sharding: how processes share the model; default: as `args` and the launcher say.
-        device: the device to compare with (`find_device(args)`), if any.
-        measure: run the model with random weights on this process's GPU; not for sharded or 4-bit models.
+        processes: the number of processes; by default, the world size in `args`.
+        sharding: how processes share the model; by default, as set in `args` or by `accelerate launch`.
+        device: the device that the run has to fit (see `find_device`), if known.
+        measure: measure the activations of the model, with random weights, on this process's GPU. Sharded and 4-bit
+            models keep the bound.
     """
     if not hasattr(text := model_config.get_text_config(), "num_attention_heads"):
         remedy = "try two steps instead: --set trl.max_steps=2"
@@ -145,7 +146,7 @@ def estimate_resources(
 
 
 def find_device(args: Any) -> Device | None:
-    """Return this process's GPU, or this machine's memory if it trains on the CPU; None if another machine trains."""
+    """Return this process's GPU, or this machine's memory for training on the CPU; None if there is no GPU."""
     if args.use_cpu and not getattr(args, "use_vllm", False):
         limit = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
         text = limit.read_text().strip() if limit.exists() else ""
@@ -159,7 +160,7 @@ def find_device(args: Any) -> Device | None:
 
 
 def find_sharding(args: Any) -> Sharding:
-    """Return how the trainer's configuration, or `accelerate launch` in the environment, shards the model."""
+    """Return how the processes shard the model, from the trainer's configuration or the variables of `accelerate`."""
     if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
         return {1: "zero1", 2: "zero2", 3: "zero3"}.get(plugin.zero_stage, "none")  # pyright: ignore[reportReturnType]
     is_fsdp = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
@@ -167,7 +168,7 @@ def find_sharding(args: Any) -> Sharding:
 
 
 def count_parameters(model_config: Any, lora: Any = None, *, trust_remote_code: bool = False) -> ParameterCounts:
-    """Count the parameters of a model without allocating it: exact, tied weights once, adapters included."""
+    """Count the parameters of a model and its adapter without allocating them; tied weights count once."""
     # Tensors on the meta device have shapes and no storage. peft changes the config that it is given, hence the copies.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), trust_remote_code=trust_remote_code)
@@ -178,7 +179,7 @@ def count_parameters(model_config: Any, lora: Any = None, *, trust_remote_code: 
 
 
 def add_lora(model: Any, lora: Any) -> Any:
-    """Return the model with its adapter, if there is one."""
+    """Return the model with a new adapter of the configuration `lora`, or unchanged if that is None."""
     if lora is None:
         return model
     from peft import get_peft_model
@@ -192,7 +193,7 @@ def is_reinforcement(args: Any) -> bool:
 
 
 def count_work(args: Any, prompt_tokens: Sequence[int], processes: int = 1, samples: int | None = None) -> Workload:
-    """Return the workload of a trainer's configuration (TRL's GRPOConfig or SFTConfig) on prompts of these lengths."""
+    """Return the workload of a run with the GRPOConfig or SFTConfig `args` and prompts of these lengths."""
     samples, longest = samples or len(prompt_tokens), max(prompt_tokens, default=0)
     median = int(statistics.median(prompt_tokens or [0]))
     together = args.per_device_train_batch_size * processes
@@ -363,7 +364,7 @@ class _MemoryModel:
 
 
 def count_cache_bytes(text: Any, tokens: int, value_bytes: int) -> int:
-    """Return the KV cache bytes of one sequence; layers with a sliding window or linear attention need a fixed size."""
+    """Return the KV cache size of one sequence of `tokens` tokens; `text` is the text model's configuration."""
     kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     kept = {"sliding_attention": min(tokens, getattr(text, "sliding_window", None) or tokens), "linear_attention": 0}
@@ -385,7 +386,7 @@ def head_dim(text: Any) -> int:
 
 
 def make_estimate_rows(estimate: Estimate) -> list[tuple[str, str, str]]:
-    """Return (quantity, value, source) for every row of the table, the verdict last."""
+    """Return the rows (quantity, value, source) of the table that shows an estimate; the last row is the verdict."""
     size, work = estimate.size, estimate.work
     tokens = work.per_step * (work.median_tokens + work.max_response)
     return [
@@ -408,7 +409,7 @@ def make_estimate_rows(estimate: Estimate) -> list[tuple[str, str, str]]:
 
 
 def judge_fit(estimate: Estimate) -> tuple[str, str]:
-    """Return whether the run fits, in a word or two, and a sentence that says what to change."""
+    """Return a short verdict, such as "fits", and a text that explains it and says what to change if necessary."""
     if not estimate.work.steps:
         work = estimate.work
         few = f"{work.samples} prompts do not fill one batch of {work.prompts}, so nothing would be trained"
@@ -426,5 +427,5 @@ def judge_fit(estimate: Estimate) -> tuple[str, str]:
 
 
 def format_bytes(size: float) -> str:
-    """Return bytes as text, in GiB or, below 0.1 GiB, in MiB."""
+    """Format a number of bytes in GiB or, below 0.1 GiB, in MiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

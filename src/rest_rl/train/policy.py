@@ -1,4 +1,4 @@
-"""Load the model to train, its tokenizer and its adapter, from a folder, the hub or the package itself."""
+"""Load the model to train, its tokenizer and its adapter, from a folder, the Hub or this package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SCALED_ROPE_TYPES = ("yarn", "linear", "dynamic")
 
 
 def embedded_model_dir() -> Path:
-    """Return the folder of the warm-started model that the package ships."""
+    """Return the folder of the small warm-started model that this package contains."""
     folder = Path(str(resources.files("rest_rl").joinpath("assets/tool_world")))
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"the embedded model is missing from {folder}", remedy="reinstall the package")
@@ -52,7 +52,7 @@ def silence_transformers() -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers in a `with` block or a decorated function."""
+    """Apply `silence_transformers` to a `with` block or a decorated function only."""
     shows_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     with warnings.catch_warnings():
         silence_transformers()
@@ -67,8 +67,8 @@ def quiet_transformers() -> Iterator[None]:
 def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """Load a model and its tokenizer; UserError if either cannot be read.
 
-    The folder of an adapter gives its base model with the adapter on it. With `peft` (the run's `[peft]`) training
-    continues on that adapter; without it the adapter is merged in and all weights are trained.
+    If `config.path` is an adapter, its base model is loaded too. With `peft` (the run's `[peft]`) the adapter stays
+    separate and trainable; without it, the adapter is merged into the model, for training all weights.
     """
     tokenizer = load_policy_tokenizer(config)
     path, adapter = resolve_adapter(config)
@@ -91,7 +91,7 @@ def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tu
 
 
 def load_policy_tokenizer(config: ModelTable) -> Any:
-    """Return the fast tokenizer of a policy, or of an adapter's base model; it pads on the left.
+    """Return the fast tokenizer of a model, set to pad on the left; an adapter without one uses its base model's.
 
     UserError if it cannot be read, or has no chat template or end-of-sequence token.
     """
@@ -115,7 +115,7 @@ def load_policy_tokenizer(config: ModelTable) -> Any:
 
 
 def load_policy_config(config: ModelTable) -> Any:
-    """Return the architecture of a policy without loading its weights; UserError if it cannot be read."""
+    """Return the transformers configuration of a model; UserError if it cannot be read."""
     path, _ = resolve_adapter(config)
     with explain_load_errors("model", path):
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
@@ -124,8 +124,8 @@ def load_policy_config(config: ModelTable) -> Any:
 def context_length(config: Any, tokenizer: Any) -> int | None:
     """Return a model's context length in tokens, None if unlimited.
 
-    The result is the smaller of the model's number of positions and its tokenizer's limit. YaRN, linear and dynamic
-    scaling count with the extended number; with other kinds of scaling the model publishes the extended number itself.
+    The result is the smaller of the model's number of positions and its tokenizer's limit. For YaRN, linear and dynamic
+    RoPE scaling, the extended number of positions is computed; with other kinds, the configuration already contains it.
     """
     text = config.get_text_config() if config else None
     positions, rope = (getattr(text, name, None) for name in ("max_position_embeddings", "rope_parameters"))
@@ -138,7 +138,7 @@ def context_length(config: Any, tokenizer: Any) -> int | None:
 
 
 def policy_context_length(config: ModelTable, tokenizer: Any) -> int | None:
-    """Return the `context_length` of a policy, or its tokenizer's limit if the model's configuration cannot be read."""
+    """Return the `context_length` of a model, or its tokenizer's limit if the model's configuration cannot be read."""
     try:
         return context_length(load_policy_config(config), tokenizer)
     except UserError:
@@ -147,7 +147,7 @@ def policy_context_length(config: ModelTable, tokenizer: Any) -> int | None:
 
 
 def load_generation_config(model: str | Path) -> Any:
-    """Return an object with a model's `generation_config`, which may list more stop tokens; None without that file."""
+    """Return an object with a model's `generation_config`, for `get_stop_ids`; None if the model has no such file."""
     try:
         return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(str(model)))
     except OSError:
@@ -155,7 +155,7 @@ def load_generation_config(model: str | Path) -> Any:
 
 
 def resolve_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
-    """Return the locations of the base weights and of the adapter on top; the latter is None for a whole model."""
+    """Return the locations of the base model and of the adapter; the second is None if the path is a whole model."""
     if config.path == EMBEDDED:
         return embedded_model_dir(), None
     recorded = read_adapter_config(config.path)
@@ -192,7 +192,7 @@ def find_hub_adapter(name: str) -> str | None:
 
 
 def find_hub_commit(name: str, *, is_adapter: bool = False) -> str | None:
-    """Return the commit that a hub name resolves to on this machine; None if there is no such name."""
+    """Return the commit of the Hub repository `name` that transformers loads here; None if there is no such name."""
     try:
         file = find_hub_adapter(name) if is_adapter else cached_file(name, "config.json")
     except (OSError, ValueError):
@@ -215,7 +215,7 @@ def four_bit_config() -> BitsAndBytesConfig:
 
 
 def new_adapter_config(config: RunConfig) -> Any | None:
-    """Return the LoraConfig of a run's new adapter; None without a [peft] table or if the model is an adapter."""
+    """Return the LoraConfig of the adapter that a run adds; None without `[peft]` or if the model is an adapter."""
     requested = lora_config(config.peft)
     recorded = None if config.model.path == EMBEDDED or requested is None else read_adapter_config(config.model.path)
     if recorded is None:
@@ -233,7 +233,7 @@ def new_adapter_config(config: RunConfig) -> Any | None:
 
 
 def lora_config(table: Mapping[str, Any]) -> Any | None:
-    """Return `[peft]` as a LoraConfig, by default rank 16, alpha 2 x rank, all linear layers but the head."""
+    """Return `[peft]` as a LoraConfig; defaults: rank 16, alpha 2 x rank, all linear layers but the output head."""
     if not table:
         return None
     require_peft("[peft]")
@@ -254,7 +254,7 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Load a fast tokenizer from a folder or the hub; a lone tokenizer.json is enough. UserError without one."""
+    """Load a fast tokenizer from a folder, which may contain only tokenizer.json, or from the Hub; else UserError."""
     file = Path(path) / "tokenizer.json"
     if not Path(path).is_dir():
         has_hub()

@@ -1,4 +1,4 @@
-"""Read the training and held-out samples of a run, render their prompts and record what was left out."""
+"""Read the training and held-out samples of a run, render their prompts, and record the rejected rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build_training_dataset(
 
     Raises:
         ValueError: there are no samples, the tokenizer has no chat template, the template fails on a sample, or no
-            response in the format could match the gold (NaN, tags of the format in the answer).
+            response in the format could match the gold (it contains NaN, or its answer contains tags of the format).
     """
     layout = PromptLayout(tokenizer, tool_format, variables)
     return build_prompt_dataset([prepare_or_raise(sample, layout) for sample in samples], layout)
@@ -52,7 +52,7 @@ def build_training_dataset(
 # which adds the first token again, so that token is removed here. `gold` is JSON text because Arrow would give every
 # row the argument names of all rows.
 def build_prompt_dataset(rows: Sequence[Prepared], layout: PromptLayout) -> Dataset:
-    """Build the dataset of `build_training_dataset` from prepared samples."""
+    """Build the same dataset as `build_training_dataset`, from samples whose prompts are already rendered."""
     return build_dataset(
         {
             "prompt": row.prompt_text.removeprefix(layout.bos_prefix),
@@ -65,7 +65,6 @@ def build_prompt_dataset(rows: Sequence[Prepared], layout: PromptLayout) -> Data
 
 
 def gold_to_json(sample: ToolSample) -> str:
-    """Return the gold of a sample as JSON text."""
     return json.dumps(to_json(sample)["gold"], ensure_ascii=False)
 
 
@@ -93,7 +92,7 @@ def prepare_or_raise(sample: ToolSample, layout: PromptLayout) -> Prepared:
 # preamble stays text; elsewhere it becomes the thought, unless the turn has one. `thinks` is false for prompts
 # that end in a closed think block, after which the model was trained to answer directly.
 def render_demonstration(sample: ToolSample, tool_format: ToolFormat, *, thinks: bool = True) -> str:
-    """Render the response that supervised training demonstrates; ValueError if the format cannot express it."""
+    """Render the response to a sample for supervised training; ValueError if the format cannot express it."""
     thought, text = (sample.thought if thinks else None), sample.gold.answer
     if sample.preamble and text is None:
         has_room = tool_format.parse("", spans=False).untagged_answer
@@ -102,7 +101,7 @@ def render_demonstration(sample: ToolSample, tool_format: ToolFormat, *, thinks:
 
 
 def render_gold(sample: ToolSample, layout: PromptLayout) -> str:
-    """Render the gold of a sample with its thought; an empty string if the format cannot express it."""
+    """Render the gold response of a sample, with its thought; return "" if the format cannot express it."""
     try:
         return render_demonstration(sample, layout.format, thinks=not layout.closes_think)
     except ValueError:
@@ -110,7 +109,7 @@ def render_gold(sample: ToolSample, layout: PromptLayout) -> str:
 
 
 def encode_demonstration(prompt: str | Sequence[int], response: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return (ids, labels) of a prompt (text or ids) and its response; the end-of-sequence token is appended."""
+    """Return the ids and labels of a prompt, its response and an end-of-sequence token; prompt labels are -100."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else list(prompt)
     response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     return [*ids, *response_ids], [IGNORED_LABEL] * len(ids) + response_ids
@@ -118,7 +117,7 @@ def encode_demonstration(prompt: str | Sequence[int], response: str, tokenizer: 
 
 @dataclass
 class TrainingData:
-    """The training samples, the held-out samples with the name of their split, and the rejected training rows."""
+    """The data of a run: training samples, held-out samples with their splits' names, and rejected training rows."""
 
     prepared: list[Prepared]
     held_out: list[tuple[str, Prepared]]
@@ -134,7 +133,7 @@ class TrainingData:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all training samples in order; a resumed run must have the same."""
+        """A hash of all training samples in order, which tells whether the data changed before a resume."""
         sha = hashlib.sha256()
         for sample in self.samples:
             row = json.dumps(to_json(sample), ensure_ascii=False, sort_keys=True)
@@ -142,17 +141,17 @@ class TrainingData:
         return sha.hexdigest()[:16]
 
     def reject(self, samples: Iterable[Rejected]) -> None:
-        """Record samples that the engine leaves out, such as a demonstration that is too long."""
+        """Record samples that the engine cannot train on, for example because their demonstrations are too long."""
         self.rejected += [{"sample": each.sample.id, "reason": each.reason} for each in samples]
 
 
 def read_data(
     config: RunConfig, layout: PromptLayout, observer: Observer = SILENT, response_tokens: int = 1
 ) -> TrainingData:
-    """Read the data of a run and report to the observer what was left out.
+    """Read the data of a run, and tell the observer how many rows were kept, repaired and rejected.
 
-    Each prompt must leave room for the response in the model's context: `response_tokens` tokens in training,
-    `eval.max_new_tokens` on the held-out set.
+    Prompt and response must fit the model's context: a training prompt must leave room for `response_tokens` tokens, a
+    held-out prompt for `eval.max_new_tokens`.
 
     Raises:
         UserError: a file yields no samples, or a prompt is too long and `data.too_long` is "refuse".

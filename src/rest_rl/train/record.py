@@ -1,7 +1,7 @@
 """Record responses for responses.jsonl: text, score, and the values computed in the loss for each token.
 
-A response is scored before the loss is computed, so its row waits for the token values. `RESPONSE_INDEX` numbers the
-responses of one generation batch: TRL shuffles and splits the batch, and the number travels along.
+A row is created when its response is scored and written when the loss has computed the token values. In between, TRL
+shuffles and splits the batch; the column `RESPONSE_INDEX` carries each response's number in the generation batch along.
 
 Shapes: B responses of a micro-batch, T completion tokens.
 """
@@ -31,7 +31,7 @@ DECIMALS = 4
 
 @dataclass(frozen=True, eq=False)
 class WeightedBatch:
-    """One micro-batch with the values that the loss used."""
+    """The values that the loss used for one micro-batch; `indices_B` are the responses' numbers (`RESPONSE_INDEX`)."""
 
     indices_B: Tensor
     regions_BT: Tensor
@@ -41,7 +41,7 @@ class WeightedBatch:
     advantages_B: Tensor  # before weighting
 
     def token_fields(self, row: int, length: int) -> Row:
-        """Return the recorded fields of one response of `length` tokens."""
+        """Return the values of one row, a response of `length` tokens, as fields of responses.jsonl."""
         values = {"weights": self.weights_BT, "entropies": self.entropies_BT, "logps": self.logps_BT}
         return {
             "advantage": round(float(self.advantages_B[row]), DECIMALS),
@@ -51,7 +51,7 @@ class WeightedBatch:
 
 
 class ResponseRecord:
-    """The rows of one generation batch; `keep` is called with the step that generated them (from 1) and the rows."""
+    """Collects the rows of one generation batch and passes them, with the batch's first step (from 1), to `keep`."""
 
     def __init__(self, keep: Callable[[int, Sequence[Row]], None]) -> None:
         self.keep = keep
@@ -59,13 +59,13 @@ class ResponseRecord:
         self._waiting: set[int] = set()
 
     def start_batch(self, rows: Iterable[Row]) -> None:
-        """Take the rows of a new batch in the order of their numbers; pass what is left of the last batch to `keep`."""
+        """Flush the previous batch if it is incomplete, then start a new one; row i belongs to response number i."""
         self.flush()
         self._rows = list(rows)
         self._waiting = set(range(len(self._rows)))
 
     def add_token_fields(self, batch: WeightedBatch) -> None:
-        """Add the token values of a micro-batch; with num_iterations > 1 only the first pass is recorded."""
+        """Add the token values of a micro-batch, and flush if all are known. Later passes over a batch are ignored."""
         for row_number, index in enumerate(batch.indices_B.tolist()):
             if index in self._waiting:
                 row = self._rows[index]
@@ -82,7 +82,7 @@ class ResponseRecord:
 
 
 class FlushAtEnd(TrainerCallback):
-    """Flushes the record if training ends before the loss was computed for all responses of the last batch."""
+    """Flushes the record at the end of training, because the last batch may not have been trained on completely."""
 
     def __init__(self, record: ResponseRecord) -> None:
         self.record = record
@@ -100,7 +100,7 @@ def with_response_record(
     ends: Collection[int] | None = None,
     progress_steps: int = 0,
 ) -> Callable[..., list[float]]:
-    """Wrap a reward function so that it also records the first `limit` responses of every batch."""
+    """Wrap a reward function so that it also passes the first `limit` responses of every batch to `record`."""
     ends = get_stop_ids(tokenizer) if ends is None else ends
 
     @functools.wraps(reward)  # TRL names its metrics after the function
@@ -127,7 +127,7 @@ def with_response_record(
 def make_response_row(
     ids: Sequence[int], gold: Any, reward: float, tokenizer: Any, tool_format: ToolFormat, ends: Collection[int]
 ) -> Row:
-    """Return the recorded fields of a response that are known before the loss is computed."""
+    """Return the fields of responses.jsonl that are known as soon as a response is scored."""
     return {
         "response": decode_ids(ids, tokenizer, tool_format.tags),
         "ids": list(ids),

@@ -1,4 +1,4 @@
-"""Resolve which run is requested: a run file with overrides, a resumed run or the embedded run, without torch."""
+"""Resolve the requested run: a run file with overrides, a run to resume, or the embedded run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ DEFAULT_EPOCHS = 3.0
 
 
 def is_main_process() -> bool:
-    """Return whether this process writes files: the first one of a launch, or the only one."""
+    """Return whether this process has rank 0; only that process writes to the run folder."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def resolve_run(
     run: RunSource, *, out: str | Path | None, resume: bool, overrides: Sequence[str], is_dry: bool = False
 ) -> RunConfig:
-    """Return the requested run; with `resume` the recorded run, of which only the length may be increased."""
+    """Return the requested run; with `resume`, the recorded run, in which the request may only increase the length."""
     if resume and run is None:  # then the overrides apply to the recorded run
         folder = Path(read_run_source(None, overrides).run.out if out is None else out)
         requested = with_out_dir(read_run_file(find_run_file(folder), overrides), folder)
@@ -92,7 +92,7 @@ def with_model_dir(config: RunConfig) -> RunConfig:
 
 
 def check_names(config: RunConfig, formats: Sequence[str] = ()) -> None:
-    """Raise a UserError for a preset, rule, format or key of `[trl]` or `[peft]` that does not exist."""
+    """Raise a UserError for unknown presets, rules, formats and keys of `[trl]` and `[peft]`."""
     if not config.rest.is_supervised:
         config.rest.resolve()
     for name in {config.rest.format, *formats} - {AUTO}:
@@ -123,7 +123,7 @@ def read_declared_keys(table: str) -> set[str]:
 
 
 def check_ranges(table: Mapping[str, Any]) -> None:
-    """Raise a UserError for values of `[trl]` that the trainer accepts although they make no sense."""
+    """Raise a UserError for values of `[trl]` outside their range, which the trainer itself might accept."""
     for name, hint in VALUE_RANGES.items():
         if (value := table.get(name)) is not None:
             validate_value(value, hint, f"trl.{name}")
@@ -140,7 +140,7 @@ def find_run_file(folder: Path) -> Path:
 
 
 def read_run_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
-    """Return the run that `run` describes, with the overrides applied."""
+    """Return the run that `run` (object, tables, path, or None for the default) describes, with overrides applied."""
     if isinstance(run, RunConfig):
         return RunConfig.from_toml(run.to_toml(), overrides) if overrides else run
     if isinstance(run, Mapping):
@@ -149,7 +149,6 @@ def read_run_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
 
 
 def with_out_dir(config: RunConfig, out: str | Path) -> RunConfig:
-    """Return the same run with another run folder."""
     return replace(config, run=replace(config.run, out=str(out)))
 
 
@@ -191,7 +190,7 @@ def with_recorded_defaults(requested: RunConfig, recorded: RunConfig) -> RunConf
 
 
 def find_changed_keys(requested: RunConfig, recorded: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Return (recorded, requested) for every key but the folder in which two runs differ; None for an unset value."""
+    """Map each key in which two runs differ, except the run folder, to (recorded, requested); None: not set."""
     new, old = (flatten(parse_toml(config.to_toml(), "the run")) for config in (requested, recorded))
     pairs = {key: (old.get(key), new.get(key)) for key in sorted({*new, *old} - {"run.out"})}
     return {key: (before, after) for key, (before, after) in pairs.items() if before != after}

@@ -1,4 +1,4 @@
-"""Score a response with the preset's rule reward, on its own and as a reward function for TRL."""
+"""Score responses with the preset's rule reward, one at a time or in a reward function for TRL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rest_rl.rewards import RewardRule, apply_reward, judge, random_rewards, use
 
 
 class ResponseScore(NamedTuple):
-    """The score of one response; all fields but `total` are in [0, 1] and do not depend on progress."""
+    """The reward of one response (`total`) and its parts, which are in [0, 1] and do not depend on progress."""
 
     total: float
     format: float
@@ -37,7 +37,7 @@ METRICS_BY_TURN = {"reward": "total", "accuracy": "accuracy", "exact_match": "ex
 
 
 def collect_by_turn(rows: Iterable[tuple[Turn, ResponseScore]]) -> dict[str, list[float]]:
-    """Return the values of rest/exact_match_calls, rest/exact_match_answers, ... for the kinds of turns that occur."""
+    """Collect scores by kind of turn, under metric names such as rest/exact_match_calls and rest/reward_answers."""
     found: dict[str, list[float]] = {}
     for turn, scored in rows:
         for name, field in METRICS_BY_TURN.items():
@@ -46,15 +46,15 @@ def collect_by_turn(rows: Iterable[tuple[Turn, ResponseScore]]) -> dict[str, lis
 
 
 def get_stop_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
-    """Return the tokens that end a response: those of model and tokenizer, and padding, which some models emit."""
+    """Return the ids that end a response: end tokens of model and tokenizer, and padding, which some models sample."""
     ends = eos_token_ids(model, tokenizer)
     return frozenset(ends if tokenizer.pad_token_id is None else [*ends, tokenizer.pad_token_id])
 
 
 def compute_progress(state: Any, steps: int = 0) -> float:
-    """Return training progress nu in [0, 1] of a `TrainerState`: 0 in the first optimizer step, 1 in the last.
+    """Return training progress nu from a `TrainerState`: 0 in the first optimizer step, 1 in the last.
 
-    With `steps` > 0 progress reaches 1 in the last of the first `steps` steps and stays there.
+    With `steps` > 0, progress already reaches 1 in step number `steps` and stays there.
     """
     return min(1.0, state.global_step / max(1, (steps or state.max_steps) - 1))
 
@@ -70,18 +70,18 @@ def make_tool_reward(
 ) -> Callable[..., list[float]]:
     """Return the preset's rule reward as a reward function for TRL; it also works with TRL's stock trainers.
 
-    It reads the sampled ids, not the text that TRL decodes without special tokens, and the dataset column `gold`: a
-    JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}.
+    The function decodes the sampled ids, because TRL's text lacks special tokens. It also needs the dataset column
+    `gold`: a JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}.
 
     Args:
         tokenizer: the policy's tokenizer.
         tool_format: how the model writes tool calls.
         preset: the method whose reward to use.
-        steps_per_batch: optimizer steps that train on one generation batch; the published schedule of `authors-code`
-            counts batches.
+        steps_per_batch: the number of optimizer steps per generation batch; some rewards have a schedule that counts
+            batches (preset `authors-code`).
         seed: the run's seed, for random rewards.
         ends: the stop tokens; a response that ends with none of them counts as truncated. Default: `get_stop_ids`.
-        progress_steps: the steps in which progress goes from 0 to 1; 0 for all steps of the run.
+        progress_steps: the number of steps in which progress goes from 0 to 1; 0 for all steps of the run.
     """
     chosen_format, reward = get_format(tool_format), get_preset(preset).reward
     ends = get_stop_ids(tokenizer) if ends is None else ends
@@ -124,9 +124,9 @@ def with_sample_id(error: UserError, name: Any) -> UserError:
 
 
 def refuse_non_finite(reward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a reward function for TRL so that inf and NaN raise a UserError: the group's advantages would be NaN.
+    """Wrap a reward function for TRL so that inf and NaN raise a UserError, as they would make advantages NaN.
 
-    None, TRL's value for "no reward", passes through.
+    None, which TRL reads as "no reward", is allowed. Reward models and names of models are returned unchanged.
     """
     if not callable(reward) or isinstance(reward, torch.nn.Module):
         return reward
@@ -169,7 +169,7 @@ def score_response(
 
 
 def parse_gold(value: Any) -> Gold:
-    """Parse the `gold` of a dataset row: JSON text, or the object itself; UserError for anything else."""
+    """Parse the value of the dataset column `gold`, JSON text or a mapping; UserError for anything else."""
     try:
         return gold_from_json(json.loads(value) if isinstance(value, str) else value)
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""The workflow of a training run for every engine: check, open the run folder, evaluate, train, save, evaluate."""
+"""The workflow of a run, for every engine: check, open the run folder, evaluate, train, save the model, evaluate."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ MAX_COUNTED_PROMPTS = 2000
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that has ended; its folder contains everything else (`runlog.read_run`)."""
+    """The result of `train`; `runlog.read_run` reads the rest from the run folder."""
 
     folder: Path
     config: RunConfig
@@ -77,7 +77,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run that has passed every check for which its model need not be loaded."""
+    """A run with its data and engine, after all checks that do not require loading the model."""
 
     config: RunConfig
     layout: PromptLayout
@@ -97,15 +97,15 @@ def train(
     """Train a model and evaluate it on held-out prompts before and after; all results go to the run folder.
 
     Args:
-        run: the run as a RunConfig, its tables, or the path of a TOML file. Default: the embedded run, or one for your
-            own model if `overrides` name a model or data set.
+        run: a RunConfig, its tables as a mapping, or the path of a TOML file. Default: the embedded run, or default
+            settings for your own model if `overrides` contain a model or data set.
         out: the run folder, instead of `run.out`.
-        resume: continue the run in that folder; `run` may then be omitted and must not differ from the recorded run.
+        resume: continue the run in the run folder. `run` may be omitted; if given, only its length may differ.
         overrides: changes such as "trl.max_steps=10".
-        observer: receives progress; by default nothing is shown.
+        observer: receives messages and progress; by default nothing is shown.
 
     Raises:
-        UserError: a mistake in the run, its data or its model. Most are found before the run folder is created.
+        UserError: a mistake in the run, its data or its model; most are found before the run folder is created.
     """
     is_first = is_main_process()
     observer = observer if is_first else SILENT
@@ -195,9 +195,9 @@ def make_plan(
     observer: Observer = SILENT,
     is_dry: bool = False,
 ) -> RunPlan:
-    """Read and check a run and its data; loads the tokenizer, writes nothing.
+    """Read and check a run and its data; this loads the tokenizer but no model, and writes nothing.
 
-    With `is_dry` the run will not start: no free folder is looked for and vLLM need not be installed.
+    With `is_dry`, for a run that will not start here, the run folder may exist and vLLM need not be installed.
     """
     config = resolve_run(run, out=out, resume=resume, overrides=overrides, is_dry=is_dry)
     return plan_run(config, observer, is_new=not resume, is_dry=is_dry)
@@ -233,9 +233,9 @@ def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer, *, 
 def estimate_run(
     run: RunSource = None, *, out: str | Path | None = None, overrides: Sequence[str] = (), observer: Observer = SILENT
 ) -> Estimate:
-    """Estimate the memory and work of `train` with these arguments; writes nothing and loads no weights.
+    """Estimate the memory and work of `train` with the same arguments; write nothing and load no weights.
 
-    On a GPU it measures one forward and backward pass of the model with random weights.
+    On a GPU, this measures one forward and backward pass of the model with random weights.
     """
     plan = make_plan(run, out=out, overrides=overrides, observer=observer, is_dry=True)
     if plan.config.run.engine != "trl":
@@ -245,7 +245,7 @@ def estimate_run(
 
 
 def estimate_plan(plan: RunPlan, *, measure: bool = False) -> Estimate:
-    """Estimate a plan for TRL; with `measure` run a pass on this machine's GPU."""
+    """Estimate a run on TRL; with `measure`, run a forward and backward pass on this machine's GPU."""
     engine: Any = plan.engine
     return estimate_resources(
         plan.config,
@@ -270,7 +270,7 @@ def warn_about_memory(plan: RunPlan, observer: Observer) -> None:
 
 
 def resolve_layout(config: RunConfig, observer: Observer) -> tuple[RunConfig, PromptLayout]:
-    """Return the run with its format resolved, and the layout that renders its prompts."""
+    """Return the run with its automatic settings (format, response limit) resolved, and its prompt layout."""
     tokenizer, variables = load_policy_tokenizer(config.model), config.model.chat_template_kwargs
     name, why = resolve_format(config.rest.format, tokenizer, variables, keeps_prompts=config.data.keep_prompts)
     observer.say(f"format {name}: {why}")
@@ -298,7 +298,7 @@ def record_data(data: TrainingData, log: RunLog, observer: Observer) -> None:
 
 
 class HeldOutEvaluator:
-    """Evaluates the policy on held-out prompts: before, after and, with `[eval] every`, during training."""
+    """Evaluates the policy on held-out prompts: before and after training and, if `eval.every` is set, during it."""
 
     def __init__(
         self, engine: Engine, samples: Sequence[tuple[str, Prepared]], plan: RunPlan, log: RunLog, observer: Observer
@@ -318,7 +318,7 @@ class HeldOutEvaluator:
             observer.say(f"eval.every is {self.every}, but the run has {steps} steps: no interim evaluation")
 
     def measure(self, when: str) -> None:
-        """Evaluate, and write the scores to the summary under the key `when`, unless a resumed run already has them."""
+        """Evaluate on all prompts and write the scores to the summary under `when` ("before" or "after") if missing."""
         if not self.prompts or when in self.log.read_summary():
             return
         scores = self.engine.evaluate(self.prompts)
@@ -326,7 +326,7 @@ class HeldOutEvaluator:
             self.log.update_summary(**{when: scores})
 
     def after_step(self, step: int) -> Row | None:
-        """Evaluate the interim prompts if `[eval] every` divides the step; return the row added to the run folder."""
+        """Evaluate on the interim prompts every `eval.every` steps; return the row for the run folder, else None."""
         if not self.every or step % self.every or not self.slice:
             return None
         begin = perf_counter()

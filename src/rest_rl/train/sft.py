@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a causal language model on tool samples, on top of TRL's `SFTTrainer`.
 
-The labels are the demonstration: reasoning, calls or answer, end of sequence. With region weights the loss is
-L = -sum_t w_t log p_t / sum_t 1, where w_t is the weight of token t's region, with mean 1 over each response.
+The labels are the tokens of the demonstration: reasoning, calls or answer, end of sequence. With region weights, the
+loss is L = -sum_t w_t log p_t / sum_t 1, where w_t is the weight of token t, by its region, with mean 1 per response.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class RegionSFTTrainer(SFTTrainer):
 def make_sft_trainer(
     args: SFTConfig, layout: PromptLayout, dataset: Dataset, region_weights: Mapping[str, float], **settings: Any
 ) -> SFTTrainer:
-    """Return a trainer on a dataset of `build_demonstrations`; the stock one if all regions have weight 1.
+    """Return a trainer for the rows of `build_demonstrations`: TRL's own trainer if all regions have weight 1.
 
-    `region_weights` maps region labels (`name`, `reasoning`, ...) to loss weights, 1 where absent; UserError for an
-    unknown label or a negative weight.
+    `region_weights` maps region labels (`name`, `reasoning`, ...) to loss weights; other regions have weight 1.
+    UserError for an unknown label or a negative weight.
     """
     if set(make_region_weights(region_weights).tolist()) == {1.0}:
         return SFTTrainer(args=args, train_dataset=dataset, **settings)
@@ -83,11 +83,11 @@ def make_sft_trainer(
 def build_demonstrations(
     prepared: Iterable[Prepared], layout: PromptLayout, max_length: int | None = None
 ) -> tuple[list[dict[str, list[int]]], list[Rejected]]:
-    """Return rows of input_ids and labels (-100 on the prompt), and the samples that cannot be trained on.
+    """Return rows of input_ids and labels (-100 for prompt tokens), and the samples that cannot be trained on.
 
-    A sample of more than `max_length` tokens, or more than the model's context length, is rejected: truncated, it would
-    teach responses without an end. A thought that the format cannot express is rejected too. If the prompt ends in a
-    closed think block, the demonstration has no thought.
+    Samples longer than `max_length` or the model's context are rejected and not truncated, because a model trained on
+    truncated responses would not learn to end them. Samples that the format cannot express are rejected too. If the
+    prompt ends in a closed think block, the demonstration has no thought.
     """
     limits = {"trl.max_length": max_length, "the model's context": layout.context}
     limit, name = min(((limit, name) for name, limit in limits.items() if limit), default=(None, ""))
@@ -110,7 +110,7 @@ def build_demonstrations(
 
 
 def make_region_weights(region_weights: Mapping[str, float]) -> Tensor:
-    """Return loss weights (R,) from region labels, 1 where absent; UserError for an unknown label."""
+    """Return the loss weights of all regions, by default 1; UserError for an unknown label or a negative weight."""
     known = {region.label: int(region) for region in Region}
     weights_R = torch.ones(len(known))
     for label, weight in region_weights.items():
@@ -122,7 +122,7 @@ def make_region_weights(region_weights: Mapping[str, float]) -> Tensor:
 
 
 def compute_loss_weights(labels_BT: Tensor, layout: PromptLayout, weights_R: Tensor) -> Tensor:
-    """Return the weight of every label by its region: mean 1 over each response, 0 on the prompt."""
+    """Return the loss weight of every label from its region: mean 1 over each response, 0 for prompt tokens."""
     tool_format: ToolFormat = layout.format
     labels_BT = labels_BT.cpu()
     mask_BT = labels_BT != IGNORED_LABEL

@@ -1,7 +1,7 @@
-"""Operations on a batch of sampled responses that all engines share: tag regions, weight tokens, sum, name the metrics.
+"""Tag, weight and summarize a batch of sampled responses; all engines share this code.
 
-Shapes: B responses, T completion tokens, R regions. Everything runs on the CPU: tagging needs it, and not every device
-has float64 for the sums.
+Shapes: B responses, T completion tokens, R regions. All of it runs on the CPU, because tagging is Python code and the
+sums are float64, which not every device supports.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ COUNTS, ENTROPIES, COLLISIONS = range(3)
 
 
 class EntropyTracker(TrainerCallback, ExportableState):
-    """Moving sums S <- decay * S + s over optimizer steps; the quotient of two of them is the mean of a region.
+    """Moving sums of token counts, entropies and collision estimates by region; their ratios are moving averages.
 
-    s are the sums over the global batch of a step (all micro-batches and processes), so every process has the same
-    averages. Sums rather than means: a region with few tokens in a step moves its average little, one with none keeps
-    it, and the first step needs no bias correction.
+    Each optimizer step updates the sums to decay * old + new, where "new" is summed over all micro-batches and
+    processes of the step. With sums instead of means, a region with few tokens changes its average little, a region
+    without tokens keeps it, and the first step needs no bias correction.
     """
 
     def __init__(self, decay: float) -> None:
@@ -46,12 +46,12 @@ class EntropyTracker(TrainerCallback, ExportableState):
         self.totals_3R = torch.zeros(3, NUM_REGIONS, dtype=torch.float64)
 
     def update(self, sums_3R: Tensor) -> None:
-        """Add the global sums of one optimizer step; sums that are not finite are ignored."""
+        """Add one optimizer step, summed over all processes; sums that are not finite are ignored."""
         if torch.isfinite(sums_3R).all():
             self.totals_3R = self.decay * self.totals_3R + sums_3R.cpu()
 
     def statistics(self) -> RegionStatistics | None:
-        """Return counts and means by region, NaN for a region without tokens so far; None before the first step."""
+        """Return the statistics of all steps so far, NaN for regions without tokens; None before the first step."""
         counts_R = self.totals_3R[COUNTS].clone()  # a user's rule may write to its argument
         if not counts_R.any():
             return None
@@ -63,7 +63,7 @@ class EntropyTracker(TrainerCallback, ExportableState):
 
     @property
     def table(self) -> list[list[float]]:
-        """The totals as JSON numbers; a double survives JSON unchanged."""
+        """The moving sums as nested lists for JSON, which preserves their values exactly."""
         return self.totals_3R.tolist()
 
     @table.setter
@@ -71,11 +71,11 @@ class EntropyTracker(TrainerCallback, ExportableState):
         self.totals_3R = torch.tensor(rows, dtype=torch.float64)
 
     def state(self) -> dict[str, Any]:
-        """Return what `Trainer` writes to trainer_state.json."""
+        """Return the state that `Trainer` writes to trainer_state.json."""
         return {"args": {"decay": self.decay}, "attributes": {"table": self.table}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the totals of the checkpoint."""
+        """Restore the moving sums from the checkpoint of a resumed run."""
         # transformers restores callbacks itself only with `restore_callback_states_from_checkpoint`.
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if isinstance(saved, dict):
@@ -87,7 +87,7 @@ NUM_SURPRISE_SUMS = 4
 
 
 def sum_surprise(logps_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return sums of tokens, entropies, excess surprise -log p - H and each response's squared excess, float64 (4,)."""
+    """Return float64 sums: tokens, entropies H, excess surprise -log p - H, squares of each response's total excess."""
     mask_BT = mask_BT.to(torch.float64)
     entropies_BT = entropies_BT.double().where(mask_BT > 0, 0.0)
     excess_B = (-logps_BT.double()).where(mask_BT > 0, 0.0).sum(-1) - entropies_BT.sum(-1)
@@ -95,10 +95,10 @@ def sum_surprise(logps_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> Ten
 
 
 def compute_surprise_metrics(sums_4: Tensor) -> dict[str, float]:
-    """Return the mean excess surprise per token, its standard error and the total entropy; empty without tokens.
+    """Return the mean excess surprise per token, its standard error and the total entropy from `sum_surprise`.
 
-    If sampler and loss use equal probabilities, the excess D_i of a response has expectation 0 and the standard error
-    of the mean is sqrt(sum_i D_i^2) / tokens. With a total entropy of only 10 `nats`, few tokens could be surprising.
+    They show whether sampler and loss use the same probabilities: then the excess D_i of response i has expectation 0,
+    and the standard error is sqrt(sum_i D_i^2) / tokens. A small total entropy (in nats) makes the check unreliable.
     """
     tokens, nats, excess, squares = sums_4.tolist()
     if tokens == 0:
@@ -111,7 +111,7 @@ def compute_surprise_metrics(sums_4: Tensor) -> dict[str, float]:
 
 
 def check_weight_rule(rule: WeightRule, tool_format: str, entropy_decay: float, *, truncates: bool) -> None:
-    """Raise UserError for a rule that does not suit the format or the sampling (`truncates`: top-p, top-k or min-p)."""
+    """Raise UserError for a rule that cannot be used with the format, or with top-p, top-k or min-p (`truncates`)."""
     if not 0 <= entropy_decay < 1:
         raise UserError(f"rest.entropy_decay is {entropy_decay}", "a number in [0, 1)", "change it")
     if check := getattr(rule, "check", None):
@@ -119,7 +119,7 @@ def check_weight_rule(rule: WeightRule, tool_format: str, entropy_decay: float, 
 
 
 def try_weight_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -> None:
-    """Run a user's rule on a short batch, without and with region statistics; UserError if it fails."""
+    """Test a user's rule on a short batch, without and with region statistics; UserError if it fails."""
     weighter = TokenWeighter(tokenizer, tool_format, rule)
     ids = tokenizer(tool_format.render(None, [ToolCall("f", {"a": 1})], None), add_special_tokens=False)["input_ids"]
     ids_BT = torch.tensor([ids, ids])
@@ -138,25 +138,25 @@ def try_weight_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -
 
 
 class WeightedTokens(NamedTuple):
-    """The weights of one batch and the regions they come from."""
+    """The token weights of one batch, and the regions of the tokens."""
 
     regions_BT: Tensor
     weights_BT: Tensor
     """float32, mean 1 over each response's unmasked tokens."""
     rule_weights_R: Tensor | None
-    """Region weights before responses are normalized; None if the rule has no region weights."""
+    """The region weights before normalization per response; None if the rule has no region weights."""
 
 
 @dataclass(frozen=True)
 class TokenWeighter:
-    """A weight rule bound to a tokenizer and a format."""
+    """Tags and weights tokens with a fixed tokenizer, format and weight rule."""
 
     tokenizer: Any
     format: ToolFormat
     rule: WeightRule
 
     def tag(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return the region of every token, int64 (B, T); each run of ones in the mask counts as a turn."""
+        """Return the region of every token, int64 (B, T); see `tag_regions`."""
         return tag_regions(ids_BT, mask_BT, self.tokenizer, self.format)
 
     def weight(
@@ -173,8 +173,8 @@ class TokenWeighter:
         """Weight the tokens of a batch.
 
         `statistics` are the region statistics of earlier steps, None in the first step; `step` is the number of the
-        generation batch, from 1. Rules that need entropies get this batch's and, if it is a part of a global batch,
-        those of all tokens of the global batch, `entropies_N`.
+        generation batch, from 1. Rules that need entropies get those of this batch, `entropies_BT`, and those of all N
+        tokens of the global batch, `entropies_N`.
         """
         known = (self.tokenizer, self.format.name, step, entropies_BT, entropies_N)
         batch = TaggedBatch(ids_BT, mask_BT, regions_BT, *known)
@@ -183,9 +183,9 @@ class TokenWeighter:
 
 
 def sum_by_region(weighted: WeightedTokens, mask_BT: Tensor, entropies_BT: Tensor, logps_BT: Tensor) -> Tensor:
-    """Return the sums of tokens, entropies, collision estimates and weights by region: (4, R), float64.
+    """Return four sums by region, float64 (4, R): tokens, entropies, collision estimates and weights.
 
-    For tokens sampled from p, E[1 - p(token)] = 1 - sum_v p_v^2. The sums add up over batches and processes.
+    The collision estimate of a token is 1 - p(token), whose expectation is 1 - sum_v p_v^2 for tokens sampled from p.
     """
     quantities = (entropies_BT, -torch.expm1(logps_BT), weighted.weights_BT)
     sums = [region_sums(values_BT, weighted.regions_BT, mask_BT) for values_BT in quantities]
@@ -193,10 +193,10 @@ def sum_by_region(weighted: WeightedTokens, mask_BT: Tensor, entropies_BT: Tenso
 
 
 def compute_region_metrics(sums_4R: Tensor, rule_weights_R: Tensor | None) -> dict[str, float]:
-    """Return a step's metrics from its `sum_by_region`: means over a region's tokens, NaN for a region without any.
+    """Return a step's metrics by region from the total of its `sum_by_region` sums; NaN for regions without tokens.
 
-    rest/entropy/<region>, rest/collision/<region>, rest/weight/<region>, rest/share/<region> (of all tokens), and
-    rest/rule_weight/<region> for rules that use the statistics.
+    rest/entropy, rest/collision and rest/weight are means over the region's tokens, rest/share is the region's share of
+    all tokens, and rest/rule_weight is `rule_weights_R`. The region's label follows each name (rest/weight/<region>).
     """
     counts_R = sums_4R[0]
     rows = {

@@ -1,4 +1,4 @@
-"""The engine trl: GRPO with `ResTTrainer` and supervised training with TRL's `SFTTrainer`."""
+"""The engine `trl`: reinforcement learning with `ResTTrainer` and supervised training with TRL's `SFTTrainer`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 class TrlEngine:
-    """Trains with TRL; see `train.engine.Engine`."""
+    """The engine that trains with TRL; `train.engine.Engine` documents its methods."""
 
     dataset: Any
     checkpoint: Checkpoint
@@ -114,7 +114,7 @@ class TrlEngine:
         return build_dataset(rows)
 
     def count_tokens(self, prepared: Sequence[Prepared]) -> list[int]:
-        """Return the number of tokens of each prompt; in supervised training with its demonstration."""
+        """Return the length of each prompt in tokens, in supervised training including its demonstration."""
         if isinstance(self.args, ResTConfig):
             return [len(each.prompt_ids) for each in prepared]
         return [len(row["input_ids"]) for row in build_demonstrations(prepared, self.layout, self.args.max_length)[0]]
@@ -161,12 +161,12 @@ class TrlEngine:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """The number of optimizer steps of the whole run."""
         return count_work(self.args, [0] * len(self.dataset), int(self.args.world_size)).steps
 
     @property
     def is_sharded(self) -> bool:
-        """Whether no process has the whole model (FSDP, DeepSpeed), so that generate() is not available."""
+        """Whether FSDP or DeepSpeed manages the model, so that it cannot generate outside the trainer."""
         return self.trainer is not None and (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
 
     def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> dict[str, Any] | None:
@@ -199,7 +199,7 @@ class TrlEngine:
     # Both are needed: the logits show NaN in frozen parts or overflow in the products, the norms show weights whose
     # squares overflow before the logits do. It draws no random numbers, so training stays bit-identical.
     def is_finite(self) -> bool:
-        """Return whether trained weights and logits for the end of a prompt are finite; True for a sharded model."""
+        """Return whether the trained weights and the logits of a prompt are finite; True, unchecked, if sharded."""
         if self.is_sharded:
             return True
         model, was_training = self.model, self.model.training
@@ -307,7 +307,7 @@ def check_prompt_count(prompts: int, args: ResTConfig, path: str) -> None:
 
 
 class Recorder(TrainerCallback):
-    """Writes each step to the run folder, reports it to the observer, and stops cleanly on request."""
+    """Writes each step to the run folder, reports it to the observer, and ends training if `stop_requested` is set."""
 
     def __init__(self, log: RunLog, observer: Observer, table: Mapping[str, Any]) -> None:
         self.log, self.observer = log, observer
@@ -315,7 +315,7 @@ class Recorder(TrainerCallback):
         self._diagnosis = Diagnosis(table)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Replay the recorded metrics of a resumed run, so that the diagnosis does not report problems twice."""
+        """Pass the recorded rows of a resumed run to the diagnosis, so that it does not report problems twice."""
         rows = read_rows(self.log.folder / METRICS) if self.log.enabled else []
         evaluations = read_rows(self.log.folder / EVALUATIONS) if rows else []
         for row in rows:
@@ -324,7 +324,7 @@ class Recorder(TrainerCallback):
             self._diagnosis.add(row, state.max_steps)
 
     def add_evaluation(self, row: Row) -> None:
-        """Pass an evaluation to the diagnosis, which judges it with the next row of metrics."""
+        """Pass an evaluation to the diagnosis, which checks it together with the next row of metrics."""
         self._diagnosis.add_evaluation(row)
 
     def on_log(
@@ -335,7 +335,7 @@ class Recorder(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Write one row of metrics and one of times."""
+        """Write the logged metrics and times to the run folder, and report metrics and new findings."""
         row = {"step": state.global_step}
         timing = {key: value for key, value in (logs or {}).items() if any(part in key for part in TIMING_KEYS)}
         metrics = {key: value for key, value in (logs or {}).items() if key not in timing}
@@ -347,16 +347,16 @@ class Recorder(TrainerCallback):
         self.log.add_timing(row | timing)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save and stop on request, once every response generated so far has been trained on."""
+        """Save and stop if `stop_requested` is set and the current generation batch has been trained on completely."""
         if self.stop_requested and state.global_step % optimizer_steps_per_batch(args) == 0:
             control.should_save = control.should_training_stop = True
 
 
 class AfterStepCallback(TrainerCallback):
-    """Lets the workflow evaluate after every finished step, before the step is logged and saved.
+    """Calls `after_step` after every optimizer step, before the step is logged and saved.
 
-    The evaluation is therefore in the run folder whenever the step's checkpoint is. A diverged run is logged and
-    stopped.
+    Whenever a step's checkpoint exists, its evaluation is therefore in the run folder too. If the run has diverged,
+    the step is logged and a UserError stops training.
     """
 
     def __init__(self, after_step: AfterStep, engine: TrlEngine) -> None:

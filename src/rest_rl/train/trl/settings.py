@@ -35,19 +35,19 @@ OPTIONAL_PACKAGES = {
 
 
 def with_machine_defaults(config: RunConfig) -> RunConfig:
-    """Return the run with `use_cpu` and `bf16 = false` if there is no accelerator and `[trl]` does not set them."""
+    """Return the run with `trl.use_cpu` true and `trl.bf16` false, unless set, on a machine without an accelerator."""
     if torch.accelerator.is_available():
         return config
     return dataclasses.replace(config, trl={**MACHINE_DEFAULTS, **config.trl})
 
 
 def make_trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfig | SFTConfig:
-    """Build the trainer's configuration: `[trl]` unchanged, the rest from the other tables.
+    """Build the trainer's configuration from `[trl]`, the run folder, the seed and `[rest]`.
 
-    With `is_dry` vLLM need not be installed, because the run may be meant for another machine.
+    With `is_dry`, vLLM need not be installed, because the run may be intended for another machine.
 
     Raises:
-        UserError: a key or value that the trainer rejects, or with which a resumed run would differ.
+        UserError: a key or value that the trainer rejects, or that would make a resumed run differ from the original.
     """
     kind = SFTConfig if config.rest.is_supervised else ResTConfig
     table = {name: value for name, value in config.trl.items() if name not in find_unread_keys(config)}
@@ -92,7 +92,7 @@ def make_trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfi
 
 
 def method_fields(config: RunConfig) -> dict[str, Any]:
-    """Return `[rest]` as fields of the trainer's configuration; empty for a supervised trainer, which reads none."""
+    """Return the settings of `[rest]` under their names in `ResTConfig`; empty for supervised presets."""
     if config.rest.is_supervised:
         return {}
     rest = dataclasses.asdict(config.rest)
@@ -101,7 +101,7 @@ def method_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def find_unread_keys(config: RunConfig) -> list[str]:
-    """Return the keys of `[trl]` that only the other trainer reads; ignored, so that one run file fits all presets."""
+    """Return the keys of `[trl]` that only the other kind of trainer (GRPO or supervised) reads; they are ignored."""
     reinforced, supervised = get_field_names(GRPOConfig), get_field_names(SFTConfig)
     only = reinforced - supervised if config.rest.is_supervised else supervised - reinforced
     return [name for name in config.trl if name in only]
@@ -112,7 +112,7 @@ def get_field_names(kind: type) -> set[str]:
 
 
 def check_trl_table(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
-    """Raise a UserError for a key or value of `[trl]` that the trainer rejects or could not resume from."""
+    """Raise a UserError for a key or value of `[trl]` that the trainer rejects or that would prevent a resume."""
     fields = get_field_names(kind) - set(MANAGED_FIELDS)
     stock = SFTConfig if kind is SFTConfig else GRPOConfig
     hints = {**typing.get_type_hints(kind), **typing.get_type_hints(stock)}
@@ -137,7 +137,7 @@ def check_trl_table(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
 
 
 def check_lengthening(args: ResTConfig | SFTConfig, step: int) -> None:
-    """Raise a UserError unless a run lengthened after `step` equals one that had the new length from the beginning."""
+    """Raise a UserError if lengthening a run after `step` differs from training at the new length from the start."""
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     warms_up = schedule != "constant" and 0 < args.warmup_steps < 1  # a share of the run
     if schedule not in LENGTH_INDEPENDENT_SCHEDULES or warms_up:

@@ -1,18 +1,19 @@
-"""ResT on TRL's `GRPOTrainer`: the advantages are multiplied by token weights; everything else is TRL.
+"""ResT on TRL's `GRPOTrainer`: it multiplies the advantages by token weights and changes nothing else.
 
 Shapes: B responses, T completion tokens, R regions. TRL's loss accepts advantages of shape (B, T), and for w >= 0
-min(r w A, clip(r) w A) = w min(r A, clip(r) A), so scaling the advantage by w scales the clipped surrogate by w.
+min(r w A, clip(r) w A) = w min(r A, clip(r) A), where r is the probability ratio, A the advantage and w the weight:
+scaling a token's advantage by w scales its clipped surrogate by w.
 
 Region statistics: the weights of step k are computed from a moving average of the entropy sums per region, taken over
 all steps before k, all micro-batches and all processes (`EntropyTracker`). The statistics need no extra forward pass
-and are the same everywhere, so gradient accumulation gives the same result as the full batch, and two processes the
-same as one. In step 0 no entropy has been measured and all regions count as equally uncertain. With num_iterations > 1
+and are equal in all processes, so the result depends neither on gradient accumulation nor on the number of processes.
+In the first step no entropy has been measured, and all regions count as equally uncertain. With num_iterations > 1,
 every optimizer step updates the average, including a second step on the same responses.
 
-The lag costs little. In three runs of 60 steps on the tool world (batches of 32 and 64, learning rates 3e-4 and 1e-3)
-the average with decay 0.7 differed from the mean entropy of the weighted step by 0.07 to 0.12 nats (RMS over tokens),
-at most 2% more than with the best decay of each run. Using only the previous step, the difference was 0.09 to 0.16 nats
-(benchmarks/entropy_estimate.py).
+Using earlier steps costs little. In three runs on the tool world (60 steps, batches of 32 and 64, learning rates 3e-4
+and 1e-3) the average with decay 0.7 differed from the mean entropy of the weighted step by 0.07 to 0.12 nats (RMS over
+tokens), at most 2% more than with the best decay of each run. With only the previous step, the difference was 0.09 to
+0.16 nats (benchmarks/entropy_estimate.py).
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ REGION_LABELS = "regions"
 # it anew: after the first epoch it would see other prompts than an uninterrupted run. `Trainer` calls `set_epoch`
 # before each epoch, which is the place to restore the generator.
 class EpochOrder(Sampler[int]):
-    """TRL's sampler, with an order of epoch e that does not depend on whether this process ran the epochs before."""
+    """Wraps TRL's sampler so that a resumed run reads the prompts of an epoch in the same order as the original run."""
 
     def __init__(self, sampler: Sampler[int]) -> None:
         assert isinstance(sampler, RepeatSampler), type(sampler)
         self.sampler = sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Restore the generator to its state after `epoch` shuffles."""
+        """Set the random generator to its state after `epoch` epochs."""
         if self.sampler.shuffle and self.sampler.seed is not None:
             self.sampler.generator.manual_seed(self.sampler.seed)
             for _ in range(epoch):
@@ -99,7 +100,7 @@ def _help(text: str) -> dict[str, str]:
 class ResTConfig(GRPOConfig):
     """`GRPOConfig` with a ResT preset, which decides `loss_type`, `scale_rewards` and the clip range.
 
-    A TRL setting that is passed explicitly and differs from the preset's is kept, with a warning that names it.
+    A TRL setting that you pass explicitly overrides the preset's value, with a warning that names the setting.
 
     Raises:
         ValueError: an unknown name, or a TRL setting that would leave a part of the objective unweighted.
@@ -137,7 +138,7 @@ class ResTConfig(GRPOConfig):
             self._fill_from_preset("epsilon_high", method.epsilon_high, None)
 
     def method(self) -> Preset:
-        """Return the preset with the overrides applied."""
+        """Return the preset with the fields `weights`, `reward` and `advantage` applied to it."""
         table: dict[str, Any] = {"weights": self.weights or {}, "reward": self.reward or {}}
         return RestTable(preset=self.preset, advantage=cast(Any, self.advantage), **table).resolve()
 
@@ -166,7 +167,7 @@ class ResTConfig(GRPOConfig):
             warnings.warn(message, stacklevel=4)  # the caller of the dataclass's __init__
 
     def check_method(self, method: Preset) -> None:
-        """Raise a UserError for weights that cannot be applied or would not reach a part of the objective."""
+        """Raise a UserError if other settings do not allow the method's weights or add an unweighted term."""
         truncates = self.top_p < 1 or self.top_k > 0 or self.min_p is not None
         check_weight_rule(method.weights, self.tool_format, self.entropy_decay, truncates=truncates)
         if is_uniform(method.weights):
@@ -201,7 +202,7 @@ def _find_changes(named: Any, given: Any) -> dict[str, Any] | None:
 
 
 def optimizer_steps_per_batch(args: Any) -> int:
-    """Return how many optimizer steps train on one generation batch; a resume is exact only between batches."""
+    """Return the number of optimizer steps per generation batch; runs resume exactly only between batches."""
     if not isinstance(args, GRPOConfig):
         return 1
     # In TRL `steps_per_generation` counts micro-batches, of which gradient accumulation makes one step (rounded up).
@@ -219,23 +220,23 @@ class _MicroBatch:
 
 
 def sampled_mask(batch: Mapping[str, Any]) -> Tensor:
-    """Return 1 for the tokens that the policy sampled, 0 for padding and tool results: (B, T)."""
+    """Return a mask (B, T) with 1 for tokens that the policy sampled and 0 for padding and tool results."""
     mask_BT = batch["completion_mask"]
     return mask_BT * batch["tool_mask"] if "tool_mask" in batch else mask_BT
 
 
 class ResTTrainer(GRPOTrainer):
-    """`GRPOTrainer` with advantages weighted by region; with weights of 1 it is stock GRPO bit for bit.
+    """`GRPOTrainer` with advantages weighted by region; with weights of 1, the results are bit-identical to TRL's.
 
-    Without `reward_funcs` it uses the preset's rule reward, which reads the dataset's `gold` column
-    (`build_training_dataset`). In addition to TRL's metrics it logs, from the first step on:
+    Without `reward_funcs`, the trainer uses the preset's rule reward, which reads the dataset's `gold` column
+    (see `build_training_dataset`). In addition to TRL's metrics it logs, from the first step on:
 
-    - rest/entropy/<region>, rest/collision/<region>, rest/weight/<region>: means over the region's tokens (or None)
+    - rest/entropy/<region>, rest/collision/<region>, rest/weight/<region>: means over the region's tokens, if any
     - rest/share/<region>: the region's share of all tokens
-    - rest/rule_weight/<region>: the weight before normalization per response, if the rule uses statistics
-    - rest/surprise/<figure>: only in the first step on a generation batch; see `compute_surprise_metrics`
-    - rest/format, rest/accuracy, rest/exact_match, rest/call_rate: from the reward
-    - rest/reward_calls, rest/reward_answers, rest/accuracy_calls, ...: for turns with and without gold calls
+    - rest/rule_weight/<region>: the region's weight before normalization per response (rules with region weights)
+    - rest/surprise/<figure>: only in the first step of a generation batch; see `compute_surprise_metrics`
+    - rest/format, rest/accuracy, rest/exact_match, rest/call_rate: parts of the rule reward (`ResponseScore`)
+    - rest/reward_calls, rest/reward_answers, rest/accuracy_calls, ...: separate means for call and answer turns
     """
 
     _tag_names = ["trl", "grpo", "rest"]  # noqa: RUF012 - HF's own pattern
@@ -257,7 +258,7 @@ class ResTTrainer(GRPOTrainer):
         weight_rule: WeightRule | None = None,
         **kwargs: Any,
     ) -> None:
-        """Create a trainer like `GRPOTrainer`; `weight_rule`, your own object, replaces the preset's rule."""
+        """Create a trainer with the arguments of `GRPOTrainer`; a `weight_rule` object replaces the preset's rule."""
         args = args if args is not None else ResTConfig("rest-output")
         if not isinstance(args, ResTConfig):
             raise UserError(f"args has type {type(args).__name__}", "a ResTConfig", "pass the settings to ResTConfig")
@@ -302,7 +303,7 @@ class ResTTrainer(GRPOTrainer):
 
     @property
     def tracker(self) -> EntropyTracker:
-        """The region statistics; looked up on every access because `Trainer` may replace a restored callback."""
+        """The callback that keeps the region statistics; it is looked up anew because `Trainer` may replace it."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, EntropyTracker))
 
     @property

@@ -1,7 +1,7 @@
-"""Compose verl's configuration for a run: its stock YAML, then the values from the run file, then `[verl]`.
+"""Compose verl's configuration for a run: verl's defaults, overridden by values from the run file and then by `[verl]`.
 
-Fifteen keys carry the method and the run (`make_fixed_values`). `[verl]` may change any other key. Importing this
-module does not require verl; composing does.
+`[verl]` may change any key except the fifteen of `make_fixed_values`, which point verl to this package and the run
+folder. This module can be imported without verl; `compose_config` requires it.
 """
 
 # pyright: reportMissingImports=false
@@ -45,7 +45,7 @@ DERIVED_TRL_KEYS = [name for names in KEY_TABLES["trl_counted"].values() for nam
 
 
 class VerlJob(NamedTuple):
-    """What a run on verl needs in addition to its run file."""
+    """Values that verl's configuration needs in addition to the run file."""
 
     folder: Path  # the run folder, absolute
     model: str
@@ -57,7 +57,7 @@ class VerlJob(NamedTuple):
 
     @property
     def files(self) -> Path:
-        """The folder of prompts, agent loop and tokenizer."""
+        """The folder for verl's input files: prompts, agent loop and tokenizer."""
         return self.folder / "verl"
 
 
@@ -65,7 +65,7 @@ class VerlJob(NamedTuple):
 
 
 def make_fixed_values(method: Preset, job: VerlJob) -> dict[str, Any]:
-    """Return the fifteen keys of verl that carry the method and the run."""
+    """Return the fifteen keys that `[verl]` must not change: they load this package's classes and the run's files."""
     return {
         "trainer.use_v1": True,
         "trainer.v1.trainer_mode": TRAINER,
@@ -86,7 +86,7 @@ def make_fixed_values(method: Preset, job: VerlJob) -> dict[str, Any]:
 
 
 def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = False) -> dict[str, Any]:
-    """Return verl's keys with their values before `[verl]`; None where `compute_schedule` sets the value."""
+    """Return verl's keys with the values from the run file; keys that `compute_schedule` sets are None."""
     method, trl = config.rest.resolve(), with_trl_defaults(config)
     check_run(config, trl, method, megatron=megatron)
     low = method.epsilon_low if trl["epsilon"] == 0.2 else trl["epsilon"]
@@ -125,7 +125,7 @@ def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = Fal
 
 # GRPOConfig is not instantiated: its __post_init__ looks for devices on this machine, and the run trains elsewhere.
 def with_trl_defaults(config: RunConfig) -> dict[str, Any]:
-    """Return `[trl]` over the defaults of TRL's GRPOConfig."""
+    """Return all fields of TRL's GRPOConfig, with the values of `[trl]` where set and the defaults elsewhere."""
     # vLLM is installed on the cluster, not on this machine.
     check_trl_table({name: value for name, value in config.trl.items() if name != "use_vllm"})
     fields = dataclasses.fields(GRPOConfig)
@@ -134,7 +134,7 @@ def with_trl_defaults(config: RunConfig) -> dict[str, Any]:
 
 
 def find_unread_keys(config: RunConfig) -> list[str]:
-    """Return the keys of the run file that verl ignores because `[verl]` has its own keys for them."""
+    """Return the keys of `[trl]`, `[peft]` and `[model]` that a run on verl ignores."""
     unread = [f"trl.{name}" for name in config.trl if name not in (*KEY_TABLES["trl"], *DERIVED_TRL_KEYS)]
     unread += [f"peft.{name}" for name in config.peft if name not in KEY_TABLES["peft"]]
     unread += [f"model.{name}" for name in ("attn_implementation", "load_in_4bit") if getattr(config.model, name)]
@@ -142,12 +142,12 @@ def find_unread_keys(config: RunConfig) -> list[str]:
 
 
 def compute_schedule(given: Mapping[str, Any], config: RunConfig, num_train: int) -> dict[str, int]:
-    """Return batch sizes and step counts in verl's units, steps of `[trl]` and `[eval]` rounded up to whole batches.
+    """Convert the batch sizes and step counts of `[trl]` and `[eval]` to verl's units, rounding up to whole batches.
 
-    TRL counts responses per device and optimizer steps; verl counts prompts, and batches of responses as steps.
-    Example: 8 responses x 8 GPUs x steps_per_generation 32 / num_generations 4 = 512 prompts per batch; with
-    gradient_accumulation_steps 4, 64 prompts per optimizer step, so 8 optimizer steps train on a batch. `given` has
-    verl's values; a key of SCHEDULE_KEYS is computed only if it is None there.
+    TRL counts responses per device, and a step is an optimizer step; verl counts prompts, and a step is a generation
+    batch. Example: 8 responses x 8 GPUs x steps_per_generation 32 / num_generations 4 = 512 prompts per batch; with
+    gradient_accumulation_steps 4, an optimizer step has 64 prompts, so a batch has 8 optimizer steps. `given` contains
+    verl's configuration; a key of `SCHEDULE_KEYS` keeps its value there unless it is None.
     """
     trl, group, devices = with_trl_defaults(config), given[N], given[NODES] * given[GPUS]
     together, accumulated = trl["per_device_train_batch_size"] * devices, trl["gradient_accumulation_steps"]
@@ -221,10 +221,10 @@ def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, mega
 
 
 def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
-    """Compose verl's configuration and let verl validate it; UserError for keys and values that it rejects.
+    """Compose verl's configuration and let verl validate it; UserError for keys and values that verl rejects.
 
-    Its table `rest` is for our plugin: `rest.run` is the whole run file, `rest.folder` the run folder, `rest.ends` the
-    stop tokens.
+    The added table `rest` is for this package's code in verl's processes: `rest.run` is the text of the run file,
+    `rest.folder` the run folder, `rest.ends` the ids of the stop tokens.
     """
     from hydra import compose, initialize_config_module
     from hydra.core.override_parser.overrides_parser import OverridesParser

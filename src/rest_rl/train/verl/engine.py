@@ -1,4 +1,4 @@
-"""The engine verl: train the same run file on a Ray cluster, and follow the run from its folder."""
+"""The engine `verl`: train on a Ray cluster, and report progress from the files that verl writes to the run folder."""
 
 # pyright: reportMissingImports=false
 # verl is installed in a separate environment.
@@ -64,7 +64,7 @@ SHUTDOWN_SECONDS = 30
 
 
 class VerlEngine:
-    """Trains with verl on a running Ray cluster, or on a local one that it starts; see `train.engine.Engine`.
+    """The engine that trains with verl, on a running Ray cluster or a local one; see `train.engine.Engine`.
 
     verl evaluates the held-out prompts itself, before, during and after training.
     """
@@ -123,7 +123,7 @@ class VerlEngine:
         return None
 
     def run(self, after_step: AfterStep) -> StopPoint:
-        """Run verl to the last step, or only the evaluation that is missing; UserError if verl stops early."""
+        """Run verl to the last step or, after it, only a missing evaluation; UserError if verl stops early."""
         if self.checkpoint.is_last and not self.verl.trainer.val_before_train:
             return StopPoint(self.total)
         poll = make_follower(self.log, self.observer, parse_toml(self.config.to_toml(), "the run"), self.total)
@@ -166,7 +166,7 @@ class VerlEngine:
 
 
 def write_verl_files(data: TrainingData, tokenizer: Any, folder: Path) -> None:
-    """Write the files that verl reads: prompts, the name of the agent loop, the tokenizer. OSError if that fails."""
+    """Write the files that verl reads: prompts, the agent loop's configuration and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts((("train", row) for row in data.prepared), folder / TRAIN_FILE)
     if data.held_out:
@@ -182,10 +182,10 @@ def write_verl_files(data: TrainingData, tokenizer: Any, folder: Path) -> None:
 
 
 def write_prompts(rows: Iterable[tuple[str, Prepared]], path: Path) -> None:
-    """Write prompts as verl reads them.
+    """Write prompts, each with the name of its split, to a Parquet file for verl.
 
-    Columns: `prompt`, one message whose content is the rendered prompt; `data_source`, the split; `reward_model`, with
-    the gold as JSON text; `extra_info`, with index, id and kind of the sample.
+    The column `prompt` contains one message with the rendered prompt, `data_source` the split, `reward_model` the gold
+    as JSON text, and `extra_info` the sample's index, id and kind.
     """
     columns = (
         {
@@ -200,7 +200,7 @@ def write_prompts(rows: Iterable[tuple[str, Prepared]], path: Path) -> None:
 
 
 def find_checkpoint(log: RunLog) -> tuple[Checkpoint, list[str]]:
-    """Return a run's newest complete checkpoint (the beginning without one) and the names of newer incomplete ones."""
+    """Return a run's newest complete checkpoint, or step 0 without one, and the names of newer incomplete ones."""
     matches = (re.fullmatch(r"global_step_(\d+)", path.name) for path in log.checkpoints.glob("*"))
     folders = {int(match[1]): match.string for match in matches if match}
     broken: list[str] = []
@@ -243,7 +243,7 @@ def needs_evaluation(log: RunLog, trainer: Any, checkpoint: Checkpoint) -> bool:
 
 
 def run_on_ray(config: Any, plugin: str = PLUGIN) -> None:
-    """Run verl's trainer, which the module `plugin` registers, to its end; raises what stops it."""
+    """Run verl's trainer, which the module `plugin` registers, and wait for its end; its exceptions are raised here."""
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 

@@ -1,4 +1,4 @@
-"""Turn verl's last checkpoint into the run's model folder: the whole model, or only its adapter, as on TRL."""
+"""Convert verl's last checkpoint to the run's model folder, which contains the whole model or only the adapter."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ LORA_META = "lora_train_meta.json"
 def merge_model(
     checkpoint: Path, strategy: str, target: Path, *, base: str | Path, trust_remote_code: bool = False
 ) -> None:
-    """Write the tokenizer and model of a checkpoint to `target`: only the adapter if one was trained on top of `base`.
+    """Write the tokenizer and model of a checkpoint to `target`; of a run that trained an adapter, only the adapter.
 
-    An adapter keeps its dtype; verl's merger writes whole models in bfloat16. `target` appears only when it is
-    complete. Raises UserError if the checkpoint cannot be merged or the folder cannot be written.
+    `base` is the adapter's base model. An adapter keeps its dtype; FSDP's whole models are written in bfloat16. The
+    folder `target` appears only when complete. UserError if it cannot be written or the checkpoint cannot be merged.
     """
     actor, part = checkpoint / "actor", target.with_name(f".{target.name}.part")
     # Megatron saves models and adapters in Hugging Face's layout, unless configured to save its own shards.
@@ -136,9 +136,10 @@ def join_shards(pieces: list[Any]) -> torch.Tensor:
 
 
 def find_target_modules(names: Collection[str]) -> list[str]:
-    """Return the adapted modules for `LoraConfig.target_modules`: short names, or full ones where those are ambiguous.
+    """Return the adapted modules for `LoraConfig.target_modules`; `names` are the parameter names of the model.
 
-    `q_proj` if every layer's is adapted; `model.layers.0.self_attn.q_proj` if the other layers' are not.
+    Short names such as `q_proj` if all modules with these names have an adapter, otherwise only full names such as
+    `model.layers.0.self_attn.q_proj`.
     """
     plain = [name.removeprefix("base_model.model.") for name in names]
     adapted = {name.split(".lora_")[0] for name in plain if ".lora_" in name}

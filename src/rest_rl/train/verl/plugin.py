@@ -1,9 +1,9 @@
-"""ResT on stock verl: registered from outside, loaded by the driver process and by verl's workers.
+"""ResT as an extension of unmodified verl; the driver process and verl's workers import this module.
 
-`ReSTPPOTrainer` lets verl compute its advantages and multiplies them by the token weights, which for w >= 0 weights the
-clipped surrogate. The driver does this once per generation batch, whatever backend trains and samples. A step is
-a step of verl: one batch, however many optimizer steps train on it. `ReSTRewardManager` scores responses with the
-step's progress. `RenderedPromptLoop` samples from prompts that this package has rendered.
+`ReSTPPOTrainer` multiplies verl's advantages by the token weights, which scales the clipped surrogate of each token by
+its weight. This happens in the driver, once per generation batch, and does not depend on the backends for training and
+sampling. As in verl, a step is one generation batch, which may have several optimizer steps. `ReSTRewardManager`
+computes the rewards. `RenderedPromptLoop` samples from prompts that this package has rendered.
 
 Shapes: B responses, T completion tokens.
 """
@@ -55,7 +55,7 @@ PER_RESPONSE = ("uid", "rm_scores", "reward_model", "extra_info", "extra_fields"
 
 
 def progress_of_step(step: int, total: int) -> float:
-    """Return training progress nu in [0, 1] of verl's steps, counted from 1: 0 up to the first one, 1 in the last."""
+    """Return training progress nu in [0, 1] at a step of verl, counted from 1: 0 in the first step, 1 in the last."""
     return min(1.0, max(0, step - 1) / max(1, total - 1))
 
 
@@ -63,7 +63,7 @@ def progress_of_step(step: int, total: int) -> float:
 def group_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, config: Any = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return advantages (B, T) within a group as `rest_rl.credit` and TRL do (0 where masked), and equal returns.
+    """Return TRL's group advantages, (B, T) and 0 where masked, and the same tensor again as verl's `returns`.
 
     (R - mean) / (std + 1e-4), or R - mean without `algorithm.norm_adv_by_std_in_grpo`; verl's `grpo` adds 1e-6 instead.
     """
@@ -75,7 +75,7 @@ def group_advantage(
 
 @register_trainer(TRAINER)
 class ReSTPPOTrainer(PPOTrainerSync):
-    """verl's synchronous trainer with advantages weighted by region; with weights of 1 it is verl's own."""
+    """verl's synchronous trainer with advantages weighted by region; weights of 1 leave the advantages unchanged."""
 
     def __init__(self, config: Any) -> None:
         config.trainer.v1.trainer_mode = "sync"  # verl's base class requires its own name
@@ -122,7 +122,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         )
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
-        """Run one step, and write its metrics before the step is saved."""
+        """Run one step and write its metrics to the run folder, before verl saves a checkpoint of the step."""
         batch = super().step(metrics, timing_raw)
         metrics = {**metrics, "epoch": self.global_steps / self.steps_per_epoch}
         self.log.add_metrics(make_metrics_row(self.global_steps, metrics))
@@ -166,7 +166,7 @@ def to_list(column: Any) -> list[Any]:
 
 
 class ReSTRewardManager(RewardManagerBase):
-    """The preset's rule reward, scaled by the progress of the step that a response belongs to."""
+    """Scores each response with the preset's rule reward at the training progress of the response's step."""
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, *_: Any, **__: Any) -> None:
         super().__init__(config, tokenizer, compute_score)
@@ -192,7 +192,7 @@ class ReSTRewardManager(RewardManagerBase):
 
 
 class RenderedPromptLoop(SingleTurnAgentLoop):
-    """Samples one response to a rendered prompt; no chat template is applied to it."""
+    """Samples a response to a prompt that is already rendered, without applying a chat template."""
 
     async def ct_build_initial_tokens(self, messages: list[dict[str, Any]], *_: Any, **__: Any) -> list[int]:
         return self.tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]

@@ -1,7 +1,7 @@
-"""Computations on a batch of responses in verl's layout, and what the run folder records of it; does not import verl.
+"""Weight and record a batch of responses in verl's layout. This module does not import verl.
 
-Shapes: B responses in verl's order (balanced over devices, so groups are not consecutive), T completion tokens. verl
-stores responses as jagged tensors and may append padding rows, whose mask is 0.
+Shapes: B responses, T completion tokens. verl reorders responses to balance the devices, so the rows of a group are not
+consecutive. It stores responses as jagged tensors and may append padding rows, whose mask is 0.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ TIMING_PREFIXES = ("timing", "perf/", "throughput")
 
 
 def parse_run(text: str) -> tuple[RunTable, Preset, ToolFormat, EntropyTracker]:
-    """Parse a run file and return the parts that verl's trainer needs."""
+    """Return `[run]`, method, format and a new entropy tracker from the text of a run file, for verl's trainer."""
     config = RunConfig.from_toml(text)
     rest = config.rest
     return config.run, rest.resolve(), get_format(rest.format), EntropyTracker(rest.entropy_decay)
@@ -76,9 +76,9 @@ def weight_batch(
 ) -> tuple[Tensor, dict[str, float], dict[int, Row]]:
     """Weight a batch's advantages with the statistics of earlier steps, then add this step's sums to `tracker`.
 
-    `data` has verl's fields `PER_TOKEN`, jagged or dense; `step` counts from 1. Returns the weighted advantages of all
-    tokens (jagged, with the batch's row lengths), the step's metrics, and the recorded token fields of the responses
-    whose indices are in `watched`, by index.
+    `data` contains the fields of `PER_TOKEN`, jagged or dense; `step` counts from 1. Returns the weighted advantages of
+    all tokens (jagged, with the batch's row lengths), the step's metrics, and a mapping from each index in `watched` to
+    the token fields of that response for responses.jsonl.
     """
     rows = [data[name].unbind() for name in PER_TOKEN]
     size, statistics, rule_weights_R = len(rows[0]), tracker.statistics(), None
@@ -115,7 +115,7 @@ def pad_rows(rows: Sequence[Tensor]) -> Tensor:
 
 
 def group_rows(groups: Sequence[Hashable]) -> list[list[int]]:
-    """Return the row numbers of each group; `groups` has the group name of every row."""
+    """Return a list of row numbers for each group; `groups` contains the name of every row's group."""
     rows: dict[Hashable, list[int]] = {}
     for row, name in enumerate(groups):
         rows.setdefault(str(name), []).append(row)
@@ -123,7 +123,7 @@ def group_rows(groups: Sequence[Hashable]) -> list[list[int]]:
 
 
 def compute_group_advantages(rewards_B: Tensor, groups: Sequence[Hashable], kind: AdvantageKind) -> Tensor:
-    """Return `group_advantages` (B,) for groups whose rows are scattered and may differ in number."""
+    """Return `group_advantages`, shape (B,), for groups of different sizes whose rows need not be consecutive."""
     advantages_B = torch.zeros_like(rewards_B)
     for rows in group_rows(groups):
         advantages_B[rows] = group_advantages(rewards_B[rows], len(rows), kind)
@@ -132,7 +132,7 @@ def compute_group_advantages(rewards_B: Tensor, groups: Sequence[Hashable], kind
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """The responses of a batch, without padding rows, and their indices in the batch."""
+    """The responses of a batch without padding rows; `indices` are their row numbers in verl's batch."""
 
     indices: Sequence[int]
     ids: Sequence[Tensor]
@@ -147,7 +147,7 @@ class Responses:
     ends: Collection[int]  # the stop tokens
 
     def compute_metrics(self) -> dict[str, float]:
-        """Return means over the responses under TRL's names."""
+        """Return the metrics of rewards, scores and lengths under their names in TRL and `ResTTrainer`."""
         rewards_B = self.rewards_B.double()
         lengths_B = torch.tensor([len(ids) for ids in self.ids], dtype=torch.float64)
         ended_B = torch.tensor([has_ended(ids[-1:].tolist(), self.ends) for ids in self.ids])
@@ -173,12 +173,12 @@ class Responses:
         return figures
 
     def select_first(self, limit: int) -> list[int]:
-        """Return the first `limit` responses in the order of the data, as indices into the fields of this object."""
+        """Return the positions of the first `limit` responses, sorted by the position of their prompts in the data."""
         order = sorted(range(len(self.indices)), key=lambda i: (self.origins[i]["index"], str(self.groups[i])))
         return order[:limit]
 
     def make_rows(self, chosen: Sequence[int], tokens: Mapping[int, Row], step: int, progress: float) -> list[Row]:
-        """Return the `chosen` responses as rows of responses.jsonl; `tokens` are the recorded token fields by index."""
+        """Return the responses at these positions as rows of responses.jsonl; `tokens` are from `weight_batch`."""
         rows: list[Row] = []
         for i in chosen:
             row: Row = {"step": step, "progress": progress, "id": self.origins[i]["id"]}
@@ -191,14 +191,14 @@ class Responses:
 
 
 def make_metrics_row(step: int, metrics: Mapping[str, Any]) -> Row:
-    """Return a step's metrics under TRL's names, without times and duplicates."""
+    """Return a row of metrics.jsonl: verl's metrics without times and duplicates, under TRL's names."""
     left_out = TIMING_PREFIXES + DUPLICATE_PREFIXES
     kept = {name: value for name, value in select_scalars(metrics).items() if not name.startswith(left_out)}
     return {"step": step, **{TRL_METRIC_NAMES.get(name, name): value for name, value in kept.items()}}
 
 
 def make_timing_row(step: int, metrics: Mapping[str, Any]) -> Row:
-    """Return a step's times."""
+    """Return a row of timing.jsonl with the times among verl's metrics."""
     return {"step": step, **{k: value for k, value in select_scalars(metrics).items() if k.startswith(TIMING_PREFIXES)}}
 
 
@@ -214,7 +214,7 @@ def select_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_outcomes(log: RunLog, step: int, total: int, scores: Row) -> None:
-    """Write the scores of an evaluation before, during or after training."""
+    """Write scores to the summary (before the first and after the last of `total` steps) or to evaluations.jsonl."""
     if 0 < step < total:
         log.add_evaluation({"step": step, **scores})
     else:

@@ -1,7 +1,7 @@
-"""Let verl's FSDP engine run with this package's trl; every worker imports this module through `model.external_lib`.
+"""Make verl's FSDP engine compatible with trl 1; every worker imports this module through `model.external_lib`.
 
-If trl is installed, verl 0.9's engine imports `AutoModelForCausalLMWithValueHead` to patch old critics. trl 1 has
-removed it, and no model here has a value head: an empty class takes the place under the name that verl tries first.
+If trl is installed, verl 0.9 imports `AutoModelForCausalLMWithValueHead`, which it needs only for models with a value
+head. trl 1 has removed this class. This module defines an empty class where verl looks for it first.
 """
 
 from __future__ import annotations
