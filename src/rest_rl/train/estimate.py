@@ -1,8 +1,8 @@
 """Estimate a run before it starts: the memory of each process, the work per step, and whether the run fits its device.
 
 Each memory figure is marked *exact*, *bound* or *measured*. Exact figures follow from shapes and settings: weights,
-gradients, optimizer states, KV cache. Bounds are generous: the activations of the update and of the prefill, and a flat
-allowance for libraries. On a GPU, the peak of a forward and backward pass over the longest prompt and response can be
+gradients, optimizer states, KV cache. The activations of update and prefill have generous bounds, and libraries have a
+flat allowance. On a GPU, the peak of a forward and backward pass over the longest prompt and response can be
 measured and replaces the bound of the update. Images and memory fragmentation are not included. The estimate assumes
 that every expert of a mixture of experts is active, and that `paged_` optimizers stay on the device.
 """

@@ -254,7 +254,7 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Load a fast tokenizer from a folder, which may contain only tokenizer.json, or from the Hub; else UserError."""
+    """Load a fast tokenizer from the Hub or a folder with at least tokenizer.json; UserError if there is none."""
     file = Path(path) / "tokenizer.json"
     if not Path(path).is_dir():
         has_hub()

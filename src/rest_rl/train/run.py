@@ -100,7 +100,7 @@ def train(
         run: a RunConfig, its tables as a mapping, or the path of a TOML file. Default: the embedded run, or default
             settings for your own model if `overrides` contain a model or data set.
         out: the run folder, instead of `run.out`.
-        resume: continue the run in the run folder. `run` may be omitted; if given, only its length may differ.
+        resume: continue the run in the run folder. `run` may be omitted; it may only increase the number of steps.
         overrides: changes such as "trl.max_steps=10".
         observer: receives messages and progress; by default nothing is shown.
 
@@ -197,7 +197,7 @@ def make_plan(
 ) -> RunPlan:
     """Read and check a run and its data; this loads the tokenizer but no model, and writes nothing.
 
-    With `is_dry`, for a run that will not start here, the run folder may exist and vLLM need not be installed.
+    With `is_dry`, the run folder may exist and vLLM need not be installed, because the run will not start.
     """
     config = resolve_run(run, out=out, resume=resume, overrides=overrides, is_dry=is_dry)
     return plan_run(config, observer, is_new=not resume, is_dry=is_dry)

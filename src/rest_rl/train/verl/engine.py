@@ -123,7 +123,7 @@ class VerlEngine:
         return None
 
     def run(self, after_step: AfterStep) -> StopPoint:
-        """Run verl to the last step or, after it, only a missing evaluation; UserError if verl stops early."""
+        """Run verl to the last step; if only an evaluation is missing, run that. UserError if verl stops early."""
         if self.checkpoint.is_last and not self.verl.trainer.val_before_train:
             return StopPoint(self.total)
         poll = make_follower(self.log, self.observer, parse_toml(self.config.to_toml(), "the run"), self.total)
