@@ -149,7 +149,7 @@ def test_an_extra_body_needs_a_server(server: Server, capsys: pytest.CaptureFixt
     assert main(["eval", "tool-world", "--extra-body", "{}"]) == 2
     assert "--extra-body has no effect without --endpoint" in capsys.readouterr().err
     assert main(["eval", "tool-world", "--context-length", "0", "--prompts", "2"]) == 2
-    assert "the context length is 0" in capsys.readouterr().err
+    assert "context_length is 0" in capsys.readouterr().err
     assert server.requests == []
 
 

@@ -162,7 +162,7 @@ def test_a_given_context_overrides_the_servers(server: Server, layout: PromptLay
         model = endpoint(server, layout, context=given)
         model.check()
         assert model.context == context
-    with pytest.raises(ValueError, match="the context length is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="context_length is 0, expected at least 1"):
         endpoint(server, layout, context=0)
 
 

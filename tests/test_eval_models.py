@@ -270,7 +270,7 @@ def test_padding_works_without_a_padding_token(tiny) -> None:
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"max_new_tokens": 0}, {"context": 0}])
 def test_sizes_are_checked(tiny, wrong) -> None:
     model, layout = tiny
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}\\w* is 0, expected at least 1"):
         LocalModel(model, layout, **{"batch_size": 1, "max_new_tokens": 1, **wrong})
 
 

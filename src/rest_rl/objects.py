@@ -102,7 +102,7 @@ def wrap_user_errors(what: str, expected: str) -> Iterator[None]:
 
 
 class UserObject:
-    """A user's callable with its address and options, by which it can be recorded and compared.
+    """A user's callable with the address (`package.module:OBJECT`) and options that identify it in records.
 
     If the object is a class, it is instantiated with the options. Unknown attributes are looked up on the object.
 

@@ -260,9 +260,9 @@ def tag_regions(
 
     Each run of ones in a row of the mask is a turn and is parsed separately; for rows with tool results, pass
     `completion_mask * tool_mask`. A token in several regions gets the region that contains most of its bytes (ties:
-    `TIE_ORDER`). The special tokens at the end of a turn are FORMAT. A token without bytes, such as the first part of a
-    character under an incremental decoder, gets the region at its position. `format` can also be a function that
-    returns the spans of a turn's text.
+    `TIE_ORDER`). The special tokens at the end of a turn are FORMAT. A token without bytes (one that starts a character
+    of several tokens, where the decoder outputs nothing yet) gets the region of the text where it occurs. `format` can
+    also be a function that returns the spans of a turn's text.
     """
     if ids_BT.shape != mask_BT.shape or ids_BT.ndim != 2:
         raise ValueError(

@@ -62,7 +62,7 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 def mcnemar_p_value(lost: int, gained: int) -> float:
     """Return the two-sided p-value of McNemar's exact test; 1 if no sample changed.
 
-    Only samples that exactly one of the two models gets right matter. Under the null hypothesis, each of them is
+    Only samples on which exactly one of the two models is right count. Under the null hypothesis, each of them is
     equally likely to be lost or gained. McNemar, Q. (1947), https://doi.org/10.1007/BF02295996.
     """
     check_counts(lost, lost + gained)

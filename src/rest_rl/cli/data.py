@@ -54,7 +54,7 @@ Option = partial(typer.Option, rich_help_panel="Reading")
 
 @dataclass(frozen=True)
 class Reading:
-    """The options for reading files that `check`, `convert`, `show` and `split` share."""
+    """The file-reading options shared by the commands `check`, `convert`, `show` and `split`."""
 
     source: Annotated[str, Option(metavar="S", help=f"row shape: {SHAPES}")] = "auto"
     keep_prompts: Annotated[bool, Option("--keep-prompts", help="keep published prompts word for word")] = False

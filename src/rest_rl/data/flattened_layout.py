@@ -39,8 +39,8 @@ class Frame:
     def flatten(self, sample: ToolSample) -> ToolSample:
         """Return the sample with its tools in the system message and its history in one user message.
 
-        Unlike ToolRL, this appends the sample's system messages to the system text, and lists the required arguments of
-        each tool (`render_tools`). A sample with `tools_in_prompt` is returned unchanged.
+        This differs from ToolRL in two ways: the sample's own system messages follow ToolRL's, and the required
+        arguments of each tool are listed (`render_tools`). A sample with `tools_in_prompt` is returned unchanged.
         """
         if sample.tools_in_prompt:
             return sample

@@ -157,7 +157,7 @@ def compute_batch_figures(sums: UnitSums, batch: int) -> tuple[float, float, flo
 
 
 class HalfStatistics(NamedTuple):
-    """Signal and Adam scale of every coordinate, estimated from one half of the units."""
+    """For every gradient coordinate, signal and Adam scale estimated from one half of the prompts."""
 
     signals_N: Tensor
     """E g_j t_j."""

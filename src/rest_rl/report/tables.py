@@ -140,7 +140,7 @@ def headline_turn(evaluations: Iterable[Mapping[str, Any] | None]) -> Turn | Non
 
 
 def scores_for_turn(scores: Mapping[str, Any] | None, turn: Turn | None) -> Mapping[str, Any]:
-    """Return the sampled scores, and the greedy ones under `greedy`, over one kind of turn; over all turns for None."""
+    """Return the scores over one kind of turn, or over all if `turn` is None; the greedy ones are under `greedy`."""
     scores = scores or {}
     return scores if turn is None else {**(scores.get(turn) or {}), "greedy": (scores.get("greedy") or {}).get(turn)}
 

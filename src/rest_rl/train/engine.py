@@ -49,7 +49,7 @@ class Engine(Protocol):
         ...
 
     def start(self, log: RunLog) -> None:
-        """Create the trainer or write its input files; `log` is open and contains no rows after the checkpoint."""
+        """Create the trainer or write its input files; `log` is open and has no rows of later steps."""
         ...
 
     def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> Mapping[str, Any] | None:

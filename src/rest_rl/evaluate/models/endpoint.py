@@ -143,7 +143,7 @@ class Endpoint(Model):
             import openai
         except ImportError:
             raise UserError("--endpoint needs the package openai", remedy="pip install 'openai>=2,<4'") from None
-        check_positive(max_new_tokens=max_new_tokens, concurrency=concurrency, context=context)
+        check_positive(max_new_tokens=max_new_tokens, concurrency=concurrency, context_length=context)
         check_positive(requests_per_minute=requests_per_minute)
         if retries < 0 or not timeout > 0:
             wrong = f"retries is {retries}" if retries < 0 else f"timeout is {timeout}"

@@ -27,7 +27,7 @@ class LocalModel(TokenModel):
         self, model: Any, layout: PromptLayout, *, batch_size: int, max_new_tokens: int, context: int | None = None
     ) -> None:
         # pass `context` if the model's config does not state the context length, as with stretched positions
-        check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
+        check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context_length=context)
         self.model, self.layout, self.batch_size, self.max_new_tokens = model, layout, batch_size, max_new_tokens
         self.context = context if context is not None else context_length(model.config, layout.tokenizer)
         self._can_exceed_context = can_exceed_context(model.config)

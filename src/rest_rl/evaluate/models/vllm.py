@@ -30,7 +30,7 @@ class VllmModel(TokenModel):
         `context` is the context length that vLLM reserves memory for (`max_model_len`); `engine` contains further
         arguments of `vllm.LLM`. Raises UserError if vLLM is not installed or `path` is an adapter.
         """
-        check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
+        check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context_length=context)
         if (Path(path) / "adapter_config.json").is_file():
             raise UserError(
                 f"{path} is an adapter",

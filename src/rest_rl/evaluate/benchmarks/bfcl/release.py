@@ -30,7 +30,7 @@ MAX_MESSAGE_LENGTH = 2000
 
 
 class InvalidRequestError(ValueError):
-    """A request refers to something that does not exist. In the client the request raises a ValueError."""
+    """A request refers to something that does not exist; the process that sent it gets a ValueError."""
 
 
 def stub_unneeded_modules() -> None:
