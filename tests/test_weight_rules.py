@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import rest_rl
 from rest_rl.config import RestTable, RunConfig
-from rest_rl.errors import UserError
+from rest_rl.errors import RenamedWarning, UserError
 from rest_rl.evaluate.origin import resolve_origin
 from rest_rl.objects import add_search_folder, load_object
 from rest_rl.presets import PRESETS, WEIGHT_RULES
@@ -205,3 +206,22 @@ def test_the_diagnosis_does_not_take_your_own_rule_for_a_built_in_one(rules, tmp
     )
     own = DiagnosisSettings.from_table({"rest": {"weights": {"rule": f"{rules}_fields:Own"}}})
     assert (own.weight_clip, own.strength, own.curriculum_shifts, own.is_shuffled) == (None, None, {}, False)
+
+
+class UnnormalizedRule:
+    def __call__(self, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> torch.Tensor:
+        return torch.full(batch.mask_BT.shape, 3.0)
+
+
+@pytest.mark.parametrize("attribute", ["is_normalized", "is_normalised"])
+def test_a_rule_that_normalizes_itself_keeps_its_weights(attribute: str) -> None:
+    rule = UnnormalizedRule()
+    batch = TaggedBatch(
+        torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.long), None, "toolrl"
+    )
+    assert apply_weight_rule(rule, batch, None, 0.0).tolist() == [[1.0, 1.0]]
+    setattr(rule, attribute, True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert apply_weight_rule(rule, batch, None, 0.0).tolist() == [[3.0, 3.0]]
+    assert [warning.category for warning in caught] == [RenamedWarning] * (attribute == "is_normalised")

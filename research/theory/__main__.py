@@ -30,7 +30,7 @@ from research.theory.plots import draw_theory
 from rest_rl.cli.terminal import Screen
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared
-from rest_rl.errors import UserError
+from rest_rl.errors import UserError, check_minimums
 from rest_rl.jsonl import as_json
 from rest_rl.probe.gradients import Coordinates
 from rest_rl.probe.run import (
@@ -47,7 +47,7 @@ from rest_rl.probe.run import (
     resolve_run,
     track_steps,
 )
-from rest_rl.probe.sample import SampledGroup, Sampling, check_minimums, sample_groups
+from rest_rl.probe.sample import SampledGroup, Sampling, sample_groups
 from rest_rl.probe.variance import choose_num_blocks
 from rest_rl.runlog import Observer, replace_file
 from rest_rl.train.policy import silence_transformers
@@ -157,9 +157,7 @@ def run_theory(arguments: argparse.Namespace) -> None:
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     least = {"prompts": MIN_PROMPTS, "pilot": MIN_PILOT, "pilot_group": MIN_PILOT_GROUP, "seed": 0, "step": 1}
-    check_minimums(
-        **{f"--{name.replace('_', '-')}": (getattr(arguments, name), number) for name, number in least.items()}
-    )
+    check_minimums({f"--{name.replace('_', '-')}": (getattr(arguments, name), low) for name, low in least.items()})
     if len(arguments.format) > 1:
         raise UserError(
             f"--format is given {len(arguments.format)} times", "one format", "measure the formats one by one"

@@ -6,7 +6,6 @@ Public names are imported when they are first used; `import rest_rl` does not im
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -110,9 +109,9 @@ def __getattr__(name: str) -> Any:
     if name in _WORKFLOWS:
         return importlib.import_module(f"rest_rl.{name}")
     if name in _RENAMED:
-        from rest_rl.errors import RenamedWarning, describe_renaming
+        from rest_rl.errors import warn_renamed
 
-        warnings.warn(describe_renaming(f"rest_rl.{name}", f"rest_rl.{_RENAMED[name]}"), RenamedWarning, stacklevel=2)
+        warn_renamed(f"rest_rl.{name}", f"rest_rl.{_RENAMED[name]}")
         return __getattr__(_RENAMED[name])
     raise AttributeError(f"module 'rest_rl' has no attribute {name!r}")
 

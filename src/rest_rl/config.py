@@ -11,7 +11,6 @@ import difflib
 import re
 import sys
 import typing
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,7 +22,7 @@ import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rest_rl.credit import AdvantageKind
-from rest_rl.errors import RenamedWarning, UserError, describe_renaming
+from rest_rl.errors import UserError, warn_renamed
 from rest_rl.objects import UserObject, add_search_folder
 from rest_rl.presets import REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
 from rest_rl.rewards import try_reward
@@ -371,7 +370,7 @@ def rename_keys(tables: Mapping[str, Any], *, warn: bool = True) -> dict[str, An
         if new_key in table:
             raise UserError(f"{old} and {new} are both set, but {old} is only the old name", remedy=f"remove {old}")
         if warn:
-            warnings.warn(describe_renaming(old, new), RenamedWarning, stacklevel=2)
+            warn_renamed(old, new)
         result[name] = {new_key if key == old_key else key: value for key, value in table.items()}
     return result
 

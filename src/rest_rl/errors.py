@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 
 class RenamedWarning(FutureWarning):
     """Warns about a deprecated name; the message names its replacement. The command prints it as one line."""
 
 
-def describe_renaming(old: str, new: str) -> str:
-    """Return the text of the warning about a deprecated name."""
-    return f"{old} has been renamed to {new}; the old name still works"
+def warn_renamed(old: str, new: str, *, stacklevel: int = 2) -> None:
+    """Warn about a deprecated name; a `stacklevel` of 2 points at the caller of the function that calls this."""
+    warnings.warn(f"{old} has been renamed to {new}; the old name still works", RenamedWarning, stacklevel + 1)
 
 
 class UserError(ValueError):
@@ -35,5 +36,12 @@ class UserError(ValueError):
     @property
     def got(self) -> str:
         """Deprecated name of `problem`."""
-        warnings.warn(describe_renaming("UserError.got", "UserError.problem"), RenamedWarning, stacklevel=2)
+        warn_renamed("UserError.got", "UserError.problem")
         return self.problem
+
+
+def check_minimums(minimums: Mapping[str, tuple[int | None, int]]) -> None:
+    """Raise UserError for the first name whose (value, minimum) has a value that is too small; None always passes."""
+    for name, (value, minimum) in minimums.items():
+        if value is not None and value < minimum:
+            raise UserError(f"{name} is {value}", f"at least {minimum}", "raise it")

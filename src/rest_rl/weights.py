@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import permutations
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from rest_rl.errors import UserError
+from rest_rl.errors import UserError, warn_renamed
 from rest_rl.objects import display_name
 from rest_rl.response import NUM_REGIONS, Region, check_progress
 
@@ -113,7 +113,10 @@ def apply_weight_rule(
             "finite numbers, at least 0",
             "handle regions without tokens (NaN statistics) and the first step (statistics is None)",
         )
-    if getattr(rule, "is_normalized", False):
+    old_name = getattr(rule, "is_normalised", None)
+    if old_name is not None:
+        warn_renamed("the attribute is_normalised of weight rules", "is_normalized")
+    if getattr(rule, "is_normalized", old_name):
         return weights_BT.float()
     return normalize_weights(weights_BT, batch.mask_BT)
 
@@ -404,7 +407,5 @@ def top_entropy_mask(
     all_N = values_BT[mask_BT] if entropies_N is None else entropies_N.double().nan_to_num()
     ordered = all_N.sort(descending=True).values
     threshold = ordered[max(0, round(quantile * len(ordered)) - 1)]
-    highest_B1 = values_BT.max(
-        -1, keepdim=True
-    ).values  # a response below the threshold is compared with its own maximum
+    highest_B1 = values_BT.max(-1, keepdim=True).values  # for a response below the threshold, its own maximum decides
     return ((values_BT >= torch.minimum(threshold, highest_B1)) & mask_BT).double()

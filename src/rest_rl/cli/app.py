@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     with warnings.catch_warnings():
         warnings.showwarning = warning_printer()
+        warnings.simplefilter("always", RenamedWarning)  # `warning_printer` drops repetitions
         return run_command(*split_overrides(sys.argv[1:] if argv is None else argv))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from rest_rl.errors import UserError, describe_renaming
+from rest_rl.errors import UserError, warn_renamed
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -104,7 +103,7 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
         name, equals, value = argument.partition("=")
         if name in renamed and (name.startswith("--") or at == command_at + 1):
             prefix = "" if name.startswith("--") else f"{arguments[command_at]} "
-            print(f"warning: {describe_renaming(prefix + name, prefix + renamed[name])}", file=sys.stderr)
+            warn_renamed(prefix + name, prefix + renamed[name])
             changed[at] = f"{renamed[name]}{equals}{value}"
     return changed
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, check_rows
 from rest_rl.data.samples import ToolSample
-from rest_rl.errors import RenamedWarning, UserError, describe_renaming
+from rest_rl.errors import UserError, warn_renamed
 from rest_rl.runlog import SILENT, Observer
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def read_rows(
     are the fields of `CheckConfig`.
     """
     if "keep" in settings:
-        warnings.warn(describe_renaming("keep", "allow"), RenamedWarning, stacklevel=3)
+        warn_renamed("keep", "allow", stacklevel=3)
         settings["allow"] = settings.pop("keep")
     config = CheckConfig(**settings)
     if config.max_prompt_tokens and layout is None:

@@ -17,7 +17,7 @@ import torch
 from rest_rl.config import RestTable, RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.prepare import Prepared
-from rest_rl.errors import UserError
+from rest_rl.errors import UserError, check_minimums
 from rest_rl.evaluate.generate import eos_token_ids
 from rest_rl.evaluate.origin import model_label, resolve_origin
 from rest_rl.jsonl import as_json, describe_os_error
@@ -26,7 +26,7 @@ from rest_rl.probe.measure import SampledBatch, count_progress_steps, measure_gr
 from rest_rl.probe.page import build_formats_table, draw_probe, render_page, to_mapping
 from rest_rl.probe.report import ProbeReport
 from rest_rl.probe.rules import SHUFFLED, select_rules
-from rest_rl.probe.sample import Sampling, check_minimums, sample_groups
+from rest_rl.probe.sample import Sampling, sample_groups
 from rest_rl.probe.variance import max_prompts_per_step
 from rest_rl.runlog import SILENT, Observer, replace_file
 from rest_rl.train.policy import load_policy, load_policy_tokenizer, policy_context_length
@@ -79,7 +79,7 @@ def probe(
     Raises:
         UserError: For a wrong argument before anything is sampled, or if the folder cannot be written at the end.
     """
-    check_minimums(number_of_prompts=(prompts, MIN_PROMPTS), number_of_prompts_per_step=(step, 1))
+    check_minimums({"the number of prompts": (prompts, MIN_PROMPTS), "the number of prompts per step": (step, 1)})
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"the norm cap is {norm_cap}", "0 (no cap) or a positive multiple of the median norm")
     config = resolve_run(model, data, overrides)  # fails on mistakes before minutes of loading and sampling

@@ -12,7 +12,7 @@ from torch import Tensor
 from rest_rl.credit import AdvantageKind, group_advantages
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared
-from rest_rl.errors import UserError
+from rest_rl.errors import UserError, check_minimums
 from rest_rl.evaluate.generate import eos_token_ids, generate, has_ended
 from rest_rl.presets import PRESETS
 from rest_rl.regions import decode_ids, tag_regions
@@ -57,21 +57,13 @@ class Sampling:
     reward: RewardRule = PRESETS["rest"].reward
 
     def __post_init__(self) -> None:
-        check_minimums(group_size=(self.group_size, 2), max_new_tokens=(self.max_new_tokens, 1))
-        check_minimums(batch_size=(self.batch_size, 1), seed=(self.seed, 0))
+        check_minimums({"the group size": (self.group_size, 2), "max_new_tokens": (self.max_new_tokens, 1)})
+        check_minimums({"the batch size": (self.batch_size, 1), "the seed": (self.seed, 0)})
         if not 0 <= self.progress <= 1:
             raise UserError(f"progress is {self.progress}", "a number from 0 to 1", "change it")
         if uses_random_rewards(self.reward):
             remedy = "pass --set rest.reward.random=false"
             raise UserError("rest.reward.random is true", "a reward that reads the responses", remedy)
-
-
-def check_minimums(**values: tuple[int | None, int]) -> None:
-    """Raise UserError for the first argument NAME=(value, minimum) whose value is too small; None always passes."""
-    for name, (value, minimum) in values.items():
-        if value is not None and value < minimum:
-            what = name if name.startswith("--") else f"the {name.replace('_', ' ')}"
-            raise UserError(f"{what} is {value}", f"at least {minimum}", "raise it")
 
 
 def sample_groups(

@@ -22,12 +22,12 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from rest_rl.data.flattened_layout import Frame
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.reading import load_json
-from rest_rl.errors import UserError
+from rest_rl.errors import UserError, check_minimums
 from rest_rl.evaluate.conversation import Model, Reply, Request
 from rest_rl.evaluate.models import chat_messages as chat
 from rest_rl.evaluate.models import token_prompts
 from rest_rl.evaluate.models.chat_messages import MalformedResponseError
-from rest_rl.evaluate.models.token_prompts import check_positive, compute_context_usage
+from rest_rl.evaluate.models.token_prompts import compute_context_usage
 from rest_rl.formats import ToolFormat
 
 API_KEY = "OPENAI_API_KEY"
@@ -143,8 +143,9 @@ class Endpoint(Model):
             import openai
         except ImportError:
             raise UserError("--endpoint needs the package openai", remedy="pip install 'openai>=2,<4'") from None
-        check_positive(max_new_tokens=max_new_tokens, concurrency=concurrency, context_length=context)
-        check_positive(requests_per_minute=requests_per_minute)
+        sizes = {"max_new_tokens": max_new_tokens, "concurrency": concurrency, "context_length": context}
+        sizes["requests_per_minute"] = requests_per_minute
+        check_minimums({name: (size, 1) for name, size in sizes.items()})
         if retries < 0 or not timeout > 0:
             wrong = f"retries is {retries}" if retries < 0 else f"timeout is {timeout}"
             raise UserError(wrong, "retries of at least 0 and a timeout above 0", "raise it")

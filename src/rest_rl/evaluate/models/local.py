@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from rest_rl.data.layout import PromptLayout
+from rest_rl.errors import check_minimums
 from rest_rl.evaluate.conversation import Reply
 from rest_rl.evaluate.generate import eos_token_ids, generate
-from rest_rl.evaluate.models.token_prompts import TokenModel, TokenPrompt, check_positive
+from rest_rl.evaluate.models.token_prompts import TokenModel, TokenPrompt
 from rest_rl.regions import decode_ids
 from rest_rl.train.policy import context_length
 
@@ -27,7 +28,8 @@ class LocalModel(TokenModel):
         self, model: Any, layout: PromptLayout, *, batch_size: int, max_new_tokens: int, context: int | None = None
     ) -> None:
         # pass `context` if the model's config does not state the context length, as with stretched positions
-        check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context_length=context)
+        sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "context_length": context}
+        check_minimums({name: (size, 1) for name, size in sizes.items()})
         self.model, self.layout, self.batch_size, self.max_new_tokens = model, layout, batch_size, max_new_tokens
         self.context = context if context is not None else context_length(model.config, layout.tokenizer)
         self._can_exceed_context = can_exceed_context(model.config)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rest_rl.data.layout import PromptLayout
-from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Model, Reply, Request
 from rest_rl.evaluate.models import chat_messages as chat
 
@@ -76,13 +75,6 @@ class TokenModel(Model):
 
     def context_usage(self, request: Request) -> tuple[int, int] | None:
         return compute_context_usage(request, self.layout, self.max_new_tokens, self.context)
-
-
-def check_positive(**sizes: int | None) -> None:
-    """Raise a UserError that names the size if a size is below 1; None is allowed."""
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise UserError(f"{name} is {size}", "at least 1", "raise it")
 
 
 def build_completion_body(prompt: TokenPrompt, layout: PromptLayout) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rest_rl.data.layout import PromptLayout
-from rest_rl.errors import UserError
+from rest_rl.errors import UserError, check_minimums
 from rest_rl.evaluate.conversation import Reply
-from rest_rl.evaluate.models.token_prompts import TokenModel, TokenPrompt, check_positive
+from rest_rl.evaluate.models.token_prompts import TokenModel, TokenPrompt
 from rest_rl.regions import decode_ids
 
 
@@ -30,7 +30,8 @@ class VllmModel(TokenModel):
         `context` is the context length that vLLM reserves memory for (`max_model_len`); `engine` contains further
         arguments of `vllm.LLM`. Raises UserError if vLLM is not installed or `path` is an adapter.
         """
-        check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context_length=context)
+        sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "context_length": context}
+        check_minimums({name: (size, 1) for name, size in sizes.items()})
         if (Path(path) / "adapter_config.json").is_file():
             raise UserError(
                 f"{path} is an adapter",
