@@ -1,4 +1,4 @@
-"""Group advantages of GRPO, Dr. GRPO and DAPO, and their distribution over tokens.
+"""Group advantages of GRPO, Dr. GRPO and DAPO, and how each is spread over a response's tokens.
 
 Shapes: B = P * G responses, with the G responses to each of P prompts in adjacent rows; T completion tokens.
 """

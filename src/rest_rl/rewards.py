@@ -406,8 +406,8 @@ def json_equal(left: Any, right: Any) -> bool:
 def text_equal(wanted: Any, given: Any) -> bool:
     """Whether two values are equal in a format that writes all values as text.
 
-    Besides `json_equal` values, a wanted string equals the value that it spells: `"12345"` equals `12345`, because
-    `<parameter=zip>12345` can mean either.
+    They are if they are `json_equal`, or if the wanted one is a string that spells the given value: `"12345"` equals
+    `12345`, because `<parameter=zip>12345` can mean either.
     """
     if json_equal(wanted, given):
         return True

@@ -97,8 +97,8 @@ def train(
     config = resolve_run(**source, is_dry=is_dry or print_config)
     if of_verl and config.run.engine != "verl":
         raise UserError(
-            f"only the verl engine supports {' and '.join(of_verl)}",
-            remedy="add --engine verl, or omit it (with TRL, several GPUs need accelerate launch: docs/training.md)",
+            f"TRL does not support {' and '.join(of_verl)}",
+            remedy="add --engine verl; for several GPUs with TRL, use accelerate launch (docs/training.md)",
         )
     from rich.console import Console
 

@@ -60,9 +60,7 @@ class CheckConfig:
     def __post_init__(self) -> None:
         get_shapes(self.source)
         if unknown := [name for name in self.allow if name not in ALLOWABLE_REASONS]:
-            raise UserError(
-                f"{unknown[0]!r} is not a reason that can be allowed", f"one of {', '.join(ALLOWABLE_REASONS)}"
-            )
+            raise UserError(f"allow contains {unknown[0]!r}", f"one of {', '.join(ALLOWABLE_REASONS)}")
         if not 0 <= self.mask_names <= 1:
             raise UserError(f"the fraction mask_names is {self.mask_names}", "a number between 0 and 1")
         if self.mask_names and self.keep_prompts:

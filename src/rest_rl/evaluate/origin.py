@@ -81,7 +81,7 @@ def check_model_path(path: str, option: str) -> None:
         if any(isinstance(try_to_load_from_cache(path, part), str) for part in MODEL_FILES):
             return
         if not has_hub():
-            problem = f"{option} is {path!r}, which is not a local folder (the Hub cannot be reached)"
+            problem = f"{option} is {path!r}: there is no such local folder, and the Hub cannot be reached"
             advice = "check the spelling and the network"
         elif not (others and Path(first).is_dir()) or exists_on_hub(path):  # not `runs/mine` with a local folder `runs`
             return

@@ -105,7 +105,7 @@ class SampledBatch:
 
 
 class MeasuredGradients(NamedTuple):
-    """Inner products of all prompts' gradients by region and true gradients, and the effect of each rule on a step."""
+    """Products of the prompts' gradients (by region, and of the expected reward); each rule's effect on one step."""
 
     gram_KMKM: np.ndarray
     rules: tuple[RuleSeries, ...]
@@ -128,7 +128,7 @@ def measure_gradients(
 
     The objective is on-policy GRPO: advantages standardized within a group, mean over the tokens of each response. The
     first of `rules` must be uniform. `cap` limits the gradient norm of a prompt to a multiple of the median norm (0: no
-    limit). `advance` is called `count_progress_steps` times.
+    limit). `count_progress_steps` tells how often `advance` is called.
     """
     # Region gradients are needed only as inner products: their Gram matrix replaces (R + 1) M N floats. The rules
     # follow in rounds of `RULES_PER_PASS`; each round adds its figures and drops its vectors, so memory stays at

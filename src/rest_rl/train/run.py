@@ -58,7 +58,7 @@ MAX_COUNTED_PROMPTS = 2000
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of `train`; `runlog.read_run` reads the rest from the run folder."""
+    """The main results of `train`; `runlog.read_run` reads everything else that the run recorded."""
 
     folder: Path
     config: RunConfig

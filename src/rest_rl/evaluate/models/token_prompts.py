@@ -67,7 +67,7 @@ class TokenModel(Model):
         """Return one reply per prompt, in order; all prompts fit into the context."""
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Return one reply per request, in order. Prompts that are too long or cannot be rendered skip the model."""
+        """Return a reply per request, in order; the model never sees prompts that are too long or fail to render."""
         prompts = [prepare_prompt(request, self.layout, self.max_new_tokens, self.context) for request in requests]
         fitting = [prompt for prompt in prompts if isinstance(prompt, TokenPrompt)]
         replies = iter(self.generate_replies(fitting) if fitting else [])

@@ -114,7 +114,7 @@ class TrlEngine:
         return build_dataset(rows)
 
     def count_tokens(self, prepared: Sequence[Prepared]) -> list[int]:
-        """Return the length of each prompt in tokens, in supervised training including its demonstration."""
+        """Return the tokens of each prompt; in supervised training, the demonstration counts too."""
         if isinstance(self.args, ResTConfig):
             return [len(each.prompt_ids) for each in prepared]
         return [len(row["input_ids"]) for row in build_demonstrations(prepared, self.layout, self.args.max_length)[0]]

@@ -50,7 +50,7 @@ def parameter_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[s
 
 
 def coerce_calls(parsed: ParsedResponse, tools: Mapping[str, Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-    """Return the calls of a response; if its format writes values as text, with the types in the tools' schemas."""
+    """Return the calls of a response; values that its format writes as text get the types in the tools' schemas."""
     if not parsed.text_values:
         return parsed.calls
     return tuple(
