@@ -79,7 +79,7 @@ def estimate_errors(
         estimate = tracker.statistics()
         if estimate is not None and step >= first:
             exact = EntropyTracker(0.0)
-            exact.update(exact_3R)
+            exact.update(exact_3R, step)
             truth = exact.statistics()
             assert truth is not None
             seen_R = (exact_3R[COUNTS] > 0) & (estimate.counts_R > 0)
@@ -90,7 +90,7 @@ def estimate_errors(
             entropy_R += torch.where(seen_R, gap_R * shares_R, 0.0)
             weight_R += torch.where(seen_R, log_R * shares_R, 0.0)
             counts_R += torch.where(seen_R, shares_R, 0.0)
-        tracker.update(exact_3R)
+        tracker.update(exact_3R, step)
     total = counts_R.sum()
     by_region_R = (entropy_R / counts_R).sqrt()
     return math.sqrt(entropy_R.sum() / total), math.sqrt(weight_R.sum() / total), by_region_R

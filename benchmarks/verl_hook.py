@@ -85,7 +85,7 @@ def run_stock(batch: dict[str, Any], tokenizer: Any) -> None:
 def run_ours(batch: dict[str, Any], tokenizer: Any) -> None:
     tool_format = FORMATS["toolrl"]
     tracker = EntropyTracker(0.7)
-    tracker.update(torch.tensor([[9.0] * 6, [0.3, 0.5, 1.0, 3.0, 2.0, 2.0], [1.0] * 6]))
+    tracker.update(torch.tensor([[9.0] * 6, [0.3, 0.5, 1.0, 3.0, 2.0, 2.0], [1.0] * 6]), step=0)
     compute_group_advantages(batch["rewards"], batch["groups"], "grpo")
     size = len(batch["groups"])
     scores = [{"format": 1.0, "accuracy": 1.0, "exact_match": 1.0, "call_rate": 1.0}] * size
@@ -102,7 +102,7 @@ def run_ours(batch: dict[str, Any], tokenizer: Any) -> None:
         tool_format=tool_format,
         ends={tokenizer.eos_token_id},
     )
-    chosen, weigher = responses.select_first(8), TokenWeighter(tokenizer, tool_format, PRESETS["paper"].weights)
+    chosen, weigher = responses.select_first(8), TokenWeighter(tokenizer, tool_format, PRESETS["rest"].weights)
     _, _, tokens = weight_batch(batch, weigher, tracker, 0.5, 10, chosen)
     responses.compute_metrics()
     responses.make_rows(chosen, tokens, 10, 0.5)

@@ -129,7 +129,7 @@ def compute_rewards(
     return [preset.reward(judgement, nu) for judgement in judged]
 
 
-def smooth(old: RegionStatistics | None, new: RegionStatistics, decay: float = 0.7) -> RegionStatistics:
+def smooth(old: RegionStatistics | None, new: RegionStatistics, decay: float) -> RegionStatistics:
     """Average over steps, weighted by token counts: sums and counts decay alike (`EntropyTracker` in the trainer)."""
     if old is None:
         return new
@@ -166,7 +166,8 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         # Only now: the weights of a step come from earlier steps, so that no response influences its own weight.
-        known = smooth(known, measured)
+        if (first := preset.weights.statistics_steps) == 0 or step < first:  # 0: a moving average over all steps
+            known = smooth(known, measured, decay=1.0 if first else 0.7)
         history.append(sum(reward.accuracy for reward in rewards) / len(rewards))
         flat = zero_spread_mask(rewards_B, args.group).float().mean().item()
         report(step, history[-1], flat, rewards, measured, weights_BT)
@@ -179,15 +180,14 @@ def report(
     """Print one line: scores, share of groups with equal rewards, entropy of each region, range of the weights."""
     exact = sum(reward.format == 1 == reward.accuracy for reward in rewards) / len(rewards)
     entropies = " ".join(f"{Region(r).label} {measured.entropies_R[r]:.2f}" for r in range(NUM_REGIONS - 1))
-    low, high = weights_BT[weights_BT > 0].min(), weights_BT.max()
-    scores = f"S_acc {accuracy:.3f}  exact {exact:.3f}  flat {flat:.2f}"
-    print(f"step {step:3d}  {scores}  H: {entropies}  w: {low:.2f}..{high:.2f}", flush=True)
+    scores = f"S_acc {accuracy:.3f}  exact {exact:.3f}  flat {flat:.2f}  H: {entropies}"
+    print(f"step {step:3d}  {scores}  w: {weights_BT[weights_BT > 0].min():.2f}..{weights_BT.max():.2f}", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(resources.files("rest_rl") / "assets" / "tool_world"))
-    parser.add_argument("--preset", default="rest", choices=["rest", "paper", "grpo", "dr_grpo", "dapo"])
+    parser.add_argument("--preset", default="rest", choices=["rest", "rest_live", "grpo", "dr_grpo", "dapo"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=16, help="P, prompts per step")
     parser.add_argument("--group", type=int, default=8, help="G, responses per prompt")

@@ -279,7 +279,7 @@ def test_processes_of_one_launch_need_a_folder(
         ("trl.lerning_rate=1.0", "did you mean learning_rate?"),
         ("trl.seed=1", "unknown key trl.seed"),
         ("trl.save_steps=3", "expected a multiple of 2"),
-        ("trl.beta=0.1", "beta=0.1"),
+        ("trl.entropy_coef=0.1", "entropy_coef=0.1"),
         ("rest.format=xml", "format 'xml', expected one of toolrl, hermes"),
         ("trl.learning_rate=fast", "trl.learning_rate is 'fast', expected a number"),
         ("trl.max_steps=1.5", "trl.max_steps is 1.5, expected a whole number"),

@@ -286,7 +286,7 @@ def sampled() -> tuple[Any, PromptLayout, list[SampledGroup]]:
     return model, layout, groups
 
 
-@pytest.mark.parametrize("preset", ["rest", "paper", "authors-code"])
+@pytest.mark.parametrize("preset", ["rest", "rest_live", "authors-code"])
 def test_responses_get_the_reward_of_the_run(preset: str) -> None:
     tokenizer = tiny_tokenizer()
     layout = PromptLayout(tokenizer, "toolrl")

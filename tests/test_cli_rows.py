@@ -52,9 +52,9 @@ def test_score_follows_progress_and_the_rows_step(tmp_path: Path, capsys: pytest
     early, late = (
         score(capsys, tmp_path / "rows.jsonl", [row], "--progress", progress)[0]["reward"] for progress in ("0", "1")
     )
-    # accuracy 2/3 with share 0.3 at first and 0.8 at last, format 1 with the rest
-    assert early == pytest.approx(2 / 3 * 0.3 + 0.7)
-    assert late == pytest.approx(2 / 3 * 0.8 + 0.2)
+    # accuracy 2/3 with share 0.5 at first and 0.75 at last, format 1 with the rest
+    assert early == pytest.approx(2 / 3 * 0.5 + 0.5)
+    assert late == pytest.approx(2 / 3 * 0.75 + 0.25)
     assert score(capsys, tmp_path / "rows.jsonl", [{**row, "step": 150}])[0]["reward"] == pytest.approx(late)
 
 

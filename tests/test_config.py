@@ -77,12 +77,15 @@ def test_changing_one_constant_keeps_the_others() -> None:
         ("[data]\nmask_names = 2", r"data\.mask_names is 2, expected at most 1"),
         ("[model]\ndtype = 'int8'", r"model\.dtype is 'int8', expected one of 'auto'"),
         ("run = 3", r"run is 3, expected a table; write \[run\]"),
-        ("[rest]\npreset = 'best'", r"preset 'best', expected one of rest, paper"),
+        ("[rest]\npreset = 'best'", r"preset 'best', expected one of rest, rest_live"),
         (
             "[rest]\npreset = 'authors-code'\n[rest.weights]\nstrength = 1.0",
             r"unknown key rest\.weights\.strength",
         ),
-        ("[rest]\nadvantage = 'ppo'", r"rest\.advantage is 'ppo', expected one of 'grpo', 'dr_grpo' or 'dapo'"),
+        (
+            "[rest]\nadvantage = 'ppo'",
+            r"rest\.advantage is 'ppo', expected one of 'grpo', .* or 'weighted_token_mean'",
+        ),
         ("[run", r"is not valid TOML .*; correct the syntax"),
     ],
 )

@@ -46,18 +46,13 @@ def test_methods_differ_from_rest_in_one_thing() -> None:
     assert changed(grid, "inverted", "rest") == {"rest.weights.rule": "inverted"}
     assert changed(grid, "permuted", "rest") == {"rest.weights.rule": "permuted"}
     assert changed(grid, "rest-no-reasoning", "rest") == {"rest.weights.dropped": ["reasoning"]}
-    # the curriculum of the published schedule: that of the preset paper, and no part of rest
     curriculum = ("rest.weights.decay_format", "rest.weights.gain_arguments", "rest.weights.gain_reasoning")
-    paper = settings(grid, "paper")
-    assert changed(grid, "rest-tuned-curriculum", "rest") == {key: paper[key] for key in curriculum}
-    assert {paper[key] for key in curriculum} == {0.3}
-    assert "(a_f = a_p = a_t = 0.3)" in METHODS["rest-tuned-curriculum"].text
-    assert {settings(grid, "rest")[key] for key in curriculum} == {0.0}
+    assert changed(grid, "rest-no-curriculum", "rest") == dict.fromkeys(curriculum, 0.0)
     assert (
         settings(grid, "rest")["rest.weights.rule"] == "one_minus_exp"
     )  # what permuted deals and inverted turns round
-    static = changed(grid, "rest-no-dynamic-reward", "rest")  # (.3 + .8) / 2
-    assert static == {"rest.reward.accuracy_share_start": 0.55, "rest.reward.accuracy_share_end": 0.55}
+    static = changed(grid, "rest-no-dynamic-reward", "rest")  # (0.5 + 0.75) / 2
+    assert static == {"rest.reward.accuracy_share_start": 0.625, "rest.reward.accuracy_share_end": 0.625}
     assert changed(grid, "random", "grpo") == {"rest.reward.random": True}
     assert changed(grid, "top_entropy", "grpo") == {"rest.weights.rule": "top_entropy"}
     # the baselines have the reward of rest: a comparison with them is one of weights alone
@@ -76,7 +71,7 @@ def test_seeds_change_only_the_seed_and_the_shuffle_of_permuted() -> None:
 
 def test_weights_of_the_base_run_apply_only_to_its_preset() -> None:
     overrides = ["rest.weights.gain_reasoning=0.9", "rest.reward.accuracy_share_end=1.0", "rest.advantage=dapo"]
-    grid = read_grid(None, methods=["grpo", "rest", "paper", "authors-code", "permuted"], overrides=overrides)
+    grid = read_grid(None, methods=["grpo", "rest", "rest_live", "authors-code", "permuted"], overrides=overrides)
     for name in ("rest", "permuted"):
         assert settings(grid, name)["rest.weights.gain_reasoning"] == 0.9
         assert settings(grid, name)["rest.advantage"] == "dapo"
@@ -84,8 +79,8 @@ def test_weights_of_the_base_run_apply_only_to_its_preset() -> None:
     assert settings(grid, "grpo")["rest.advantage"] == "grpo"
     assert settings(grid, "grpo")["rest.reward.accuracy_share_end"] == 1.0  # one reward for both
     assert (
-        settings(grid, "paper")["rest.weights.gain_reasoning"]
-        == settings(read_grid(None), "paper")["rest.weights.gain_reasoning"]
+        settings(grid, "rest_live")["rest.weights.gain_reasoning"]
+        == settings(read_grid(None, methods=["grpo", "rest_live"]), "rest_live")["rest.weights.gain_reasoning"]
     )
     assert "rest.reward.accuracy_share_end" not in settings(grid, "authors-code")
 

@@ -102,7 +102,7 @@ def check_weights(rows: list[list[int]], kind: str, rng: random.Random) -> None:
         tool_format = get_format(name)
         regions_BT = tag_regions(ids_BT, mask_BT, TOKENIZERS[kind], tool_format)
         assert ((regions_BT >= 0) & (regions_BT < 6)).all()
-        for preset in ("rest", "paper", *["authors-code"] * (name in ("toolrl", "hermes"))):
+        for preset in ("rest", "rest_live", *["authors-code"] * (name == "toolrl")):
             weights_BT = compute_token_weights(
                 ids_BT,
                 mask_BT,

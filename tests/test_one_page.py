@@ -66,7 +66,7 @@ class Compared(ResTTrainer):
         return loss
 
 
-@pytest.mark.parametrize("changes", [{}, {"preset": "paper"}, {"num_iterations": 2, "learning_rate": 0.05}])
+@pytest.mark.parametrize("changes", [{}, {"preset": "rest_live"}, {"num_iterations": 2, "learning_rate": 0.05}])
 def test_trainer_and_page_have_the_same_loss_and_gradient(page, tmp_path, changes):
     tokenizer = tiny_tokenizer()
     trainer = Compared(

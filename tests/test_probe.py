@@ -230,7 +230,9 @@ def test_the_rule_of_the_run_is_added_to_the_built_in_rules() -> None:
     assert set(built_in_rules()) - set(select_rules("llama3", default)) == {"authors-code"}
 
 
-def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, signal: float = 1.0) -> ProbeReport:
+def made_probe(
+    adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, signal: float = 1.0, best: str = "rest"
+) -> ProbeReport:
     """A probe with high-entropy reasoning, low-entropy names, and the given gain at the default strength."""
 
     def region(share: float, entropy: float, signal_share: float, auc: float) -> RegionFacts:
@@ -249,7 +251,8 @@ def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, si
             name, {"name": 1.6, "reasoning": 0.6}, (0.62, 1.73), *figures, Estimate(gain, error), difference
         )
 
-    gains = {"rest": adam, "rest, strength 0.25": adam / 2 - 0.01, "rest, strength 1": -0.3}
+    other = "rest_live" if best == "rest" else "rest"
+    gains = {best: adam, other: adam / 2 - 0.01, "rest_live, strength 1": -0.3}
     return ProbeReport(
         format="toolrl",
         sampled=SamplingFacts(64, 8, 0.1, 0.4, 0.8, 0.6, 0.7, 0.0, 40.0),
@@ -267,14 +270,17 @@ def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, si
     )
 
 
-def test_rest_is_recommended_if_its_gain_is_significant_and_beats_shuffling() -> None:
+def test_weights_are_recommended_if_their_gain_is_significant_and_beats_shuffling() -> None:
     found = made_probe(adam=0.2).advice
     own = built_in_rules()["rest"]
     assert isinstance(own, WeightConfig)
     assert (found.preset, found.rule, found.strength) == ("rest", own.rule, own.strength)
-    assert (found.w_min, found.w_max) == (0.6, 1.8)  # 0.62 and 1.73, rounded outward
+    assert (found.w_min, found.w_max) == (own.w_min, own.w_max)
     assert found.sureness == "likely"
     assert "+20.0 ± 1.0 %" in found.why
+    live = made_probe(adam=0.2, best="rest_live").advice
+    assert (live.preset, live.strength) == ("rest_live", 0.25)
+    assert (live.w_min, live.w_max) == (0.6, 1.8)  # 0.62 and 1.73, rounded outward
 
 
 @pytest.mark.parametrize(
@@ -283,7 +289,7 @@ def test_rest_is_recommended_if_its_gain_is_significant_and_beats_shuffling() ->
         (made_probe(adam=0.2, shuffled=0.2), "unsure", "shuffled"),
         (made_probe(adam=0.2, error=0.1), "unsure", "chance"),
         (made_probe(adam=0.01), "likely", "unlikely to help"),
-        (made_probe(adam=-0.1), "likely", "rest, strength 1 would cost 30 ± 1 %"),
+        (made_probe(adam=-0.1), "likely", "rest_live, strength 1 would cost 30 ± 1 %"),
         (made_probe(adam=0.2, signal=0.3), "not measurable", "noise"),
         (made_probe(adam=0.2, signal=math.nan), "not measurable", "noise"),
         (made_probe(adam=math.nan, error=math.nan), "not measurable", "increase --prompts"),

@@ -84,7 +84,7 @@ def test_the_reward_reads_ids_and_follows_progress(tokenizer):
     reward = make_tool_reward(tokenizer, "toolrl", "rest")
     # S_format = 1, S_acc = (1 name + 1 keys + 0 values) / (1 + 1 + 1) = 2/3; the accuracy share goes from .3 to .8.
     start = reward(**arguments, trainer_state=State, log_metric=logged.__setitem__)
-    assert start == [pytest.approx(0.3 * 2 / 3 + 0.7)]
+    assert start == [pytest.approx(0.5 * 2 / 3 + 0.5)]
     assert logged == {
         "rest/format": 1.0,
         "rest/accuracy": pytest.approx(2 / 3),
@@ -95,7 +95,7 @@ def test_the_reward_reads_ids_and_follows_progress(tokenizer):
         "rest/reward_calls": start[0],
     }
     State.global_step = 2
-    assert reward(**arguments, trainer_state=State) == [pytest.approx(0.8 * 2 / 3 + 0.2)]
+    assert reward(**arguments, trainer_state=State) == [pytest.approx(0.75 * 2 / 3 + 0.25)]
     State.global_step = 3  # an evaluation after the last step
     assert compute_progress(State) == 1.0
     with pytest.raises(ValueError, match="expected JSON"):

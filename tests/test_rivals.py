@@ -15,7 +15,7 @@ from rest_rl.weights import WeightConfig
     [
         (UNIFORM, "grpo"),
         ("rest", "rest"),
-        ("paper", "paper"),
+        ("rest_live", "rest_live"),
         ("authors-code", "authors-code"),
         ("inverted", "inverted"),
         ("top_entropy", "top_entropy"),
@@ -41,4 +41,4 @@ def test_probe_and_theory_share_one_table() -> None:
     own = select_theory_rules()
     assert next(iter(own)) == UNIFORM
     assert {name: config for name, config in own.items() if name != AUTHORS_RULE}.items() <= every.items()
-    assert {"rest", "rest, collision", "paper", "inverted", NO_REASONING, SHUFFLED[0]} < set(own)
+    assert {"rest", "rest_live", "rest_live, collision", "inverted", NO_REASONING, SHUFFLED[0]} < set(own)

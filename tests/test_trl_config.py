@@ -44,7 +44,7 @@ def test_an_explicit_setting_is_kept_with_a_warning(tmp_path):
 
 def test_the_configuration_survives_json(tmp_path):
     changes = {"weights": {"strength": 0.25, "constants": {"name": 2.0}}, "reward": {"format_scale": 0.5}}
-    args = ResTConfig(**tiny_settings(tmp_path, preset="paper", advantage="dr_grpo", **changes))
+    args = ResTConfig(**tiny_settings(tmp_path, preset="rest", advantage="dr_grpo", **changes))
     written = json.loads(args.to_json_string())
     names = ("preset", "tool_format", "weights", "reward", "advantage", "entropy_decay", "loss_type", "scale_rewards")
     again = ResTConfig(**tiny_settings(tmp_path, **{name: written[name] for name in names}))
@@ -73,17 +73,18 @@ def test_a_preset_object_is_recorded_as_its_name_and_changes(tmp_path):
         ({"weights": {"strenght": 1.0}}, ["strenght", "strength"]),
         ({"weights": {"strength": 2.0}}, ["2.0", "[0, 1]"]),
         ({"preset": "authors-code", "weights": {"strength": 0.5}}, ["strength", "rule"]),
-        ({"beta": 0.04}, ["beta=0.04", "'grpo'"]),
-        ({"preset": "grpo", "weights": {"dropped": ["reasoning"]}, "beta": 0.1}, ["beta=0.1"]),
         ({"entropy_coef": 0.01}, ["entropy_coef=0.01", "'grpo'"]),
         ({"use_adaptive_entropy": True}, ["use_adaptive_entropy", "'grpo'"]),
         ({"top_entropy_quantile": 0.2}, ["top_entropy_quantile=0.2", "'grpo'"]),
         ({"weights": {"rule": "collision"}, "top_p": 0.9}, ["collision", "top_p", "one_minus_exp"]),
-        ({"preset": "grpo", "weights": {"gain_reasoning": 0.3}, "beta": 0.1}, ["beta=0.1"]),
+        ({"preset": "grpo", "weights": {"dropped": ["reasoning"]}, "entropy_coef": 0.1}, ["entropy_coef=0.1"]),
+        ({"preset": "grpo", "weights": {"gain_reasoning": 0.3}, "entropy_coef": 0.1}, ["entropy_coef=0.1"]),
+        ({"preset": "authors-code", "tool_format": "hermes"}, ["hermes", "toolrl"]),
+        ({"reward": {"rule": "authors-code"}, "tool_format": "hermes"}, ["hermes", "toolrl"]),
     ],
 )
 def test_refused_settings(tmp_path, changes, words):
-    with pytest.raises(ValueError, match=r"expected|cannot be combined|cannot estimate") as error:
+    with pytest.raises(ValueError, match=r"expected|cannot be combined|cannot estimate|full marks") as error:
         ResTConfig(**tiny_settings(tmp_path, **changes))
     assert all(word in str(error.value) for word in words), error.value
 
@@ -121,7 +122,7 @@ def later(batch, statistics, progress):
 @pytest.mark.parametrize(
     ("changes", "rule", "word"),
     [
-        ({"beta": 0.04}, later, "beta=0.04"),
+        ({"entropy_coef": 0.04}, later, "entropy_coef=0.04"),
         ({"top_entropy_quantile": 0.2}, later, "top_entropy_quantile=0.2"),
         ({"top_p": 0.9}, WeightConfig(rule="collision"), "collision"),
         ({"tool_format": "llama3"}, PRESETS["authors-code"].weights, "llama3"),

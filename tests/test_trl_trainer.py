@@ -103,9 +103,9 @@ def test_token_weights_change_the_run(tokenizer, tmp_path):
 
 
 def test_the_loss_is_the_clipped_surrogate_of_the_weighted_advantages(tokenizer, tmp_path):
-    trainer = rest_trainer(tokenizer, tmp_path, preset="paper")
+    trainer = rest_trainer(tokenizer, tmp_path, preset="rest")
     totals_3R = torch.rand(3, NUM_REGIONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    trainer.tracker.update(totals_3R * torch.tensor([[1.0], [2.0], [1.0]]))
+    trainer.tracker.update(totals_3R * torch.tensor([[1.0], [2.0], [1.0]]), step=0)
     trainer.current_gradient_accumulation_steps = 1
     trainer.state.max_steps, trainer.state.global_step = 3, 1
     inputs, logps_BT = batch_far_from_its_policy(trainer, tokenizer)
@@ -113,7 +113,7 @@ def test_the_loss_is_the_clipped_surrogate_of_the_weighted_advantages(tokenizer,
     statistics = trainer.tracker.statistics()
     loss = trainer.compute_loss(trainer.model, inputs)
 
-    config, parse = PRESETS["paper"].weights, FORMATS["toolrl"].parse
+    config, parse = PRESETS["rest"].weights, FORMATS["toolrl"].parse
     regions_BT = tag_regions(inputs["completion_ids"], mask_BT, tokenizer, lambda text: parse(text).spans)
     weights_R = apply_curriculum(region_weights(statistics, config), 0.5, config)
     weights_BT = assign_weights(weights_R, regions_BT, mask_BT)
@@ -253,9 +253,9 @@ def test_the_tracker_forgets_by_its_decay_and_survives_json():
     first, second = torch.zeros(3, NUM_REGIONS, dtype=torch.float64), torch.zeros(3, NUM_REGIONS, dtype=torch.float64)
     first[:, Region.NAME] = torch.tensor([4.0, 8.0, 2.0])
     second[:, Region.NAME] = torch.tensor([2.0, 1.0, 0.5])
-    tracker.update(first)
-    tracker.update(second)
-    tracker.update(second * float("nan"))
+    tracker.update(first, step=0)
+    tracker.update(second, step=1)
+    tracker.update(second * float("nan"), step=2)
     statistics = tracker.statistics()
     assert statistics.counts_R[Region.NAME] == 4.0  # 0.5 * 4 + 2
     assert statistics.entropies_R[Region.NAME] == 1.25  # (0.5 * 8 + 1) / 4
@@ -264,8 +264,20 @@ def test_the_tracker_forgets_by_its_decay_and_survives_json():
     statistics.counts_R.zero_()  # a rule may change what it is given
     assert tracker.statistics().counts_R[Region.NAME] == 4.0
     restored = EntropyTracker.from_state(json.loads(json.dumps(tracker.state())))
-    assert restored.decay == 0.5
+    assert (restored.decay, restored.first_steps) == (0.5, 0)
     assert torch.equal(restored.totals_3R, tracker.totals_3R)
+
+
+def test_initial_entropies_are_the_plain_mean_over_the_first_steps():
+    tracker = EntropyTracker(0.5, first_steps=2)
+    for step, (tokens, entropy) in enumerate([(4.0, 8.0), (2.0, 1.0), (100.0, 500.0)]):
+        sums_3R = torch.zeros(3, NUM_REGIONS, dtype=torch.float64)
+        sums_3R[:, Region.NAME] = torch.tensor([tokens, entropy, 0.0])
+        tracker.update(sums_3R, step)
+    assert tracker.statistics().counts_R[Region.NAME] == 6.0  # no decay, and nothing of the third step
+    assert tracker.statistics().entropies_R[Region.NAME] == 1.5  # (8 + 1) / (4 + 2)
+    restored = EntropyTracker.from_state(json.loads(json.dumps(tracker.state())))
+    assert (restored.first_steps, restored.table) == (2, tracker.table)
 
 
 # Metrics
@@ -316,7 +328,7 @@ def test_every_preset_trains(tokenizer, tmp_path, preset):
     first = logged_steps(trainer)[0]
     if preset == "authors-code":  # step 1: arguments 0.602 against name 1.2, before normalization
         assert first["rest/weight/arguments"] < first["rest/weight/name"]
-    elif preset in ("rest", "paper"):  # nothing has been measured before step 0, and nu is 0
+    elif preset in ("rest", "rest_live"):  # nothing has been measured before step 0, and nu is 0
         assert first["rest/weight/name"] == pytest.approx(1.0)
         assert logged_steps(trainer)[1]["rest/weight/name"] != pytest.approx(1.0)
     else:

@@ -53,9 +53,9 @@ def user(text: str) -> dict[str, str]:
 # A response that was cut off
 
 
-@pytest.mark.parametrize(("text", "gold", "worth"), [(CALL, CALL_GOLD, 0.3), (ANSWER, ANSWER_GOLD, 0.0)])
+@pytest.mark.parametrize(("text", "gold", "worth"), [(CALL, CALL_GOLD, 0.5), (ANSWER, ANSWER_GOLD, 0.0)])
 def test_a_cut_off_response_is_never_exact_and_has_no_format_score(text: str, gold: Gold, worth: float) -> None:
-    """At progress 0 the calls that it made are worth their share of 0.3, half an answer nothing."""
+    """At progress 0 the calls that it made are worth their share of 0.5, half an answer nothing."""
     whole, cut = judge(text, gold), judge(text, gold, truncated=True)
     assert (whole.exact_match, whole.format, whole.explanation) == (True, 1.0, ())
     assert (cut.exact_match, cut.format, cut.accuracy) == (False, 0.0, whole.accuracy)
@@ -81,7 +81,7 @@ def test_training_detects_cut_off_responses_by_their_last_id_and_separates_turns
     state = SimpleNamespace(global_step=0, max_steps=3)
     reward = make_tool_reward(tokenizer, "toolrl", "rest")
     totals = reward(completion_ids=ids, gold=golds, trainer_state=state, log_metric=log)
-    assert totals == pytest.approx([1.0, 0.3, 1.0, 0.0, 0.0])
+    assert totals == pytest.approx([1.0, 0.5, 1.0, 0.0, 0.0])
     assert logged["rest/exact_match"] == [2 / 5]
     assert (logged["rest/exact_match_calls"], logged["rest/exact_match_answers"]) == ([1, 0], [1, 0, 0])
     assert (logged["rest/accuracy_calls"], logged["rest/accuracy_answers"]) == ([1, 1], [1, 1, 0])
@@ -89,7 +89,7 @@ def test_training_detects_cut_off_responses_by_their_last_id_and_separates_turns
     assert logged["rest/reward_answers"] == totals[2:]
     # a model may have ends that its tokenizer does not know
     own = make_tool_reward(tokenizer, "toolrl", "rest", ends=[call[-1]])
-    assert own(completion_ids=ids[:2], gold=golds[:2]) == pytest.approx([0.3, 1.0])
+    assert own(completion_ids=ids[:2], gold=golds[:2]) == pytest.approx([0.5, 1.0])
 
 
 def test_held_out_evaluation_and_the_probe_detect_cut_off_responses() -> None:
@@ -182,9 +182,9 @@ def test_an_answers_reward_is_presence_overlap_or_your_own(tmp_path: Path, monke
         return apply_reward(RewardConfig(answer=name), judgement, progress).total  # type: ignore[arg-type]
 
     assert reward("presence") == 1
-    assert reward("overlap") == pytest.approx(0.7 + 0.3 * 4 / 7)
-    assert reward("overlap", progress=1.0) == pytest.approx(0.2 + 0.8 * 4 / 7)
-    assert reward("answer_rules:length") == pytest.approx(0.7 + 0.3 * 0.21)
+    assert reward("overlap") == pytest.approx(0.5 + 0.5 * 4 / 7)
+    assert reward("overlap", progress=1.0) == pytest.approx(0.25 + 0.75 * 4 / 7)
+    assert reward("answer_rules:length") == pytest.approx(0.5 + 0.5 * 0.21)
     # the explanation adds up, and exact match stays what it is: answered, complete, no call
     found = RewardConfig(answer="overlap")(answer, 0.0)
     assert 1 - found.accuracy == pytest.approx(sum(each.cost for each in found.explanation if each.kind == "answer"))

@@ -188,19 +188,27 @@ def test_evaluation() -> None:
     ("preset", "mode", "scale", "by_spread", "high"),
     [
         ("rest", "seq-mean-token-mean", None, True, 0.2),
-        ("paper", "seq-mean-token-mean", None, True, 0.2),
-        ("authors-code", "seq-mean-token-mean", None, True, 0.2),
+        ("rest_live", "seq-mean-token-mean", None, True, 0.2),
+        ("authors-code", "token-mean", None, True, 0.2),
         ("grpo", "seq-mean-token-mean", None, True, 0.2),
         ("dr_grpo", "seq-mean-token-sum-norm", "${data.max_response_length}", False, 0.2),
         ("dapo", "token-mean", None, True, 0.28),
     ],
 )
 def test_loss_of_each_preset(preset: str, mode: str, scale: str | None, by_spread: bool, high: float) -> None:
-    composed = values(f"rest.preset={preset}", "rest.format=hermes")
+    composed = values(f"rest.preset={preset}", "rest.format=toolrl")
     assert (composed[f"{ACTOR}.loss_agg_mode"], composed[f"{ACTOR}.loss_scale_factor"]) == (mode, scale)
     assert composed["algorithm.norm_adv_by_std_in_grpo"] is by_spread
     assert (composed[f"{ACTOR}.clip_ratio_low"], composed[f"{ACTOR}.clip_ratio_high"]) == (0.2, high)
-    assert composed[f"{ACTOR}.clip_ratio_c"] == 1e9  # verl's dual clip is off
+    # verl always has a dual clip, which only the published code uses
+    assert composed[f"{ACTOR}.clip_ratio_c"] == (3.0 if preset == "authors-code" else 1e9)
+    assert composed[f"{ACTOR}.use_kl_loss"] is False
+
+
+def test_a_kl_term_becomes_that_of_verl() -> None:
+    composed = values("trl.beta=0.003")
+    names = ("use_kl_loss", "kl_loss_coef", "kl_loss_type")
+    assert [composed[f"{ACTOR}.{name}"] for name in names] == [True, 0.003, "low_var_kl"]
 
 
 def test_keys_that_both_engines_have() -> None:
@@ -254,7 +262,7 @@ REFUSALS = {
     "format of the published code": (("rest.preset=authors-code", "rest.format=llama3"), "llama3"),
     "decay": (("rest.entropy_decay=1.5",), "entropy_decay"),
     "unknown key": (("trl.learning_rat=1",), "did you mean learning_rate"),
-    "beta": (("trl.beta=0.1",), "trl.beta is 0.1"),
+    "format": (("rest.preset=authors-code", "rest.format=hermes"), "hermes"),
     "collision": (("rest.weights.rule=collision", "trl.top_p=0.9"), "collision"),
     "part of a group": (("trl.num_generations=6",), "whole numbers"),
     "few prompts": (("verl.trainer.nnodes=8",), "100 training prompts"),
@@ -268,7 +276,6 @@ REFUSALS = {
     "old trainer": (("verl.trainer.use_v1=false",), "trainer.use_v1"),
     "asynchronous": (("verl.trainer.v1.trainer_mode=separate_async",), "trainer_mode"),
     "entropy of verl": ((f"verl.{ACTOR}.entropy_coeff=0.1",), "entropy_coeff"),
-    "KL of verl": ((f"verl.{ACTOR}.use_kl_loss=true",), "use_kl_loss"),
     "KL in the reward": (("verl.algorithm.use_kl_in_reward=true",), "use_kl_in_reward"),
     "covariance": ((f"verl.{ACTOR}.policy_loss.loss_mode=clip_cov",), "clip_cov"),
     "geometric mean": ((f"verl.{ACTOR}.policy_loss.loss_mode=geo_mean",), "geo_mean"),

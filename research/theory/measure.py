@@ -186,7 +186,7 @@ def count_token_passes(pilot: Sequence[SampledGroup], count: int) -> int:
 def select_theory_rules() -> dict[str, WeightConfig]:
     """Return the weight rules to compare: uniform, built-in rules, one shuffled control, the authors' constants."""
     every = built_in_rules()
-    names = (UNIFORM, "rest", *(f"rest, {rule}" for rule in ENTROPY_RULES), "paper", "inverted", "top_entropy")
+    names = (UNIFORM, "rest", "rest_live", *(f"rest_live, {rule}" for rule in ENTROPY_RULES), "inverted", "top_entropy")
     names += (NO_REASONING, SHUFFLED[0])
     found = {name: config for name in names if isinstance(config := every.get(name), WeightConfig)}
     return {**found, AUTHORS_RULE: WeightConfig(rule="constant", constants=dict(AUTHORS_CONSTANTS))}

@@ -20,6 +20,8 @@ from rest_rl.response import Gold, check_progress
 
 # Length of the published schedule in steps; progress 1 corresponds to the last step.
 SCHEDULE_STEPS = 150
+# The highest format score and correctness score at step 0.
+HIGHEST_SCORES = (2.0, 2.0)
 
 
 def authors_step(progress: float) -> float:

@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rest_rl.credit import AdvantageKind
 from rest_rl.errors import UserError, warn_renamed
 from rest_rl.objects import UserObject, add_search_folder
-from rest_rl.presets import REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
+from rest_rl.presets import RENAMED_PRESETS, REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
 from rest_rl.rewards import try_reward
 from rest_rl.runlog import CONFIG, ENVIRONMENT, add_module_folders, read_toml_text
 
@@ -247,7 +247,7 @@ class RunConfig:
         `origin` names the text in error messages. Pass `is_recorded` for the config.toml of a run folder:
         deprecated keys then cause no warning.
         """
-        tables = rename_keys(parse_toml(text, origin), warn=not is_recorded)
+        tables = parse_recorded_run(text, origin) if is_recorded else rename_keys(parse_toml(text, origin))
         return from_mapping(cls, apply_overrides(tables, overrides), "")
 
     @classmethod
@@ -288,8 +288,9 @@ class RunConfig:
 
 
 def preset_to_table(preset: Preset) -> dict[str, Any]:
-    """Return the fields of a preset, except its name, as plain TOML values."""
-    table = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)[1:]}
+    """Return the fields of a preset, except its name and origin, as plain TOML values."""
+    names = [field.name for field in dataclasses.fields(preset) if field.name not in ("name", "origin")]
+    table = {name: getattr(preset, name) for name in names}
     return without_none({**table, "weights": rule_to_table(preset.weights), "reward": rule_to_table(preset.reward)})
 
 
@@ -354,13 +355,34 @@ def parse_toml(text: str, origin: str) -> dict[str, Any]:
 
 
 def parse_recorded_run(text: str, origin: str) -> dict[str, Any]:
-    """Parse the config.toml of a run folder, with deprecated keys renamed."""
-    return rename_keys(parse_toml(text, origin), warn=False)
+    """Parse the config.toml of a run folder, with deprecated keys renamed and older presets translated."""
+    return translate_older_preset(rename_keys(parse_toml(text, origin), warn=False))
+
+
+def translate_older_preset(tables: dict[str, Any]) -> dict[str, Any]:
+    # Before `weights.entropies` existed, all weights followed running entropies, and `rest` was today's `rest_live`.
+    # A recorded run contains every other field of its preset, so this is all that has to be added.
+    rest = tables.get("rest")
+    weights = rest.get("weights") if isinstance(rest, Mapping) else None
+    if not isinstance(rest, Mapping) or not isinstance(weights, Mapping):
+        return tables
+    if "strength" not in weights or "entropies" in weights:  # not a rule with these fields, or a newer run
+        return tables
+    # Its curriculum tells the older `rest` from the older `paper`, which has been renamed to `rest` by now.
+    is_older_rest = rest.get("preset") == "rest" and not weights.get("decay_format")
+    name = "rest_live" if is_older_rest else rest.get("preset")
+    return {**tables, "rest": {**rest, "preset": name, "weights": {**weights, "entropies": "running"}}}
 
 
 def rename_keys(tables: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
-    """Replace the deprecated keys of a run's tables; UserError if a table has both names."""
+    """Replace the deprecated keys and presets of a run's tables; UserError if a table has both names of a key."""
     result = dict(tables)
+    rest = result.get("rest")
+    preset = rest.get("preset") if isinstance(rest, Mapping) else None
+    if isinstance(rest, Mapping) and isinstance(preset, str) and preset in RENAMED_PRESETS:
+        if warn:
+            warn_renamed(f"the preset {preset}", RENAMED_PRESETS[preset])
+        result["rest"] = {**rest, "preset": RENAMED_PRESETS[preset]}
     # Tables are rebuilt rather than edited: the caller's are not modified, and the key keeps its position.
     for old, new in RENAMED_KEYS.items():
         (name, old_key), new_key = old.split("."), new.split(".")[1]

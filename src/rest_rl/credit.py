@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:  # torch is imported inside the function: run files are read without it
     from torch import Tensor
 
-AdvantageKind = Literal["grpo", "dr_grpo", "dapo"]
+AdvantageKind = Literal["grpo", "dr_grpo", "dapo", "weighted_token_mean"]
 
 # Added to a group's standard deviation, as in TRL.
 STD_EPSILON = 1e-4
@@ -19,8 +19,10 @@ STD_EPSILON = 1e-4
 def group_advantages(rewards_B: Tensor, group_size: int, kind: AdvantageKind = "grpo") -> Tensor:
     """Return the advantage of each response within its group (the responses to its prompt). Shape (B,).
 
-    `grpo`, `dapo`: (reward - mean) / (std + 1e-4), with the group's mean and unbiased standard deviation (arXiv
-    2402.03300; DAPO, 2503.14476, only aggregates the loss differently). `dr_grpo`: reward - mean (arXiv 2503.20783).
+    `grpo`: (reward - mean) / (std + 1e-4), with the group's mean and unbiased standard deviation (arXiv 2402.03300).
+    `dapo` (arXiv 2503.14476) and `weighted_token_mean` have the same advantages and only aggregate the loss
+    differently: they average over all tokens of a batch, the latter with the token weights as weights of the mean.
+    `dr_grpo`: reward - mean (arXiv 2503.20783).
     If all rewards of a group are equal, its advantages are 0; engines can find and resample it with `zero_spread_mask`.
     """
     import torch

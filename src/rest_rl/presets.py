@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
 from rest_rl.authors_code import authors_step
 from rest_rl.credit import AdvantageKind
-from rest_rl.errors import UserError
+from rest_rl.errors import UserError, warn_renamed
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.response import Gold, Region
-from rest_rl.rewards import AuthorsReward, Reward, RewardConfig, RewardRule, apply_reward, judge
+from rest_rl.rewards import (
+    AuthorsReward,
+    Reward,
+    RewardConfig,
+    RewardRule,
+    apply_reward,
+    check_reward_rule,
+    judge,
+)
 from rest_rl.weights import (
     AuthorsWeights,
     RegionStatistics,
@@ -40,6 +48,10 @@ class Preset:
     advantage: AdvantageKind = "grpo"
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
+    delta: float | None = None
+    """Upper bound of the ratio for negative advantages (dual clip, arXiv 1912.09729); None for no bound."""
+    origin: str = field(default="", compare=False)
+    """One sentence: what the preset is and where it comes from."""
 
 
 # The package's weight rules by name: `rule` in `[rest.weights]`.
@@ -48,25 +60,71 @@ WEIGHT_RULES: Mapping[str, type] = {**dict.fromkeys(get_args(RuleName), WeightCo
 REWARD_RULES: Mapping[str, type] = {"rescaled": RewardConfig, "authors-code": AuthorsReward}
 
 _UNIFORM = WeightConfig(rule="uniform")
+# The paper gives the equations but not their constants, so every number here is ours. They follow the published code in
+# relative terms: its weights are within a factor of 2 of each other at the start (0.6 to 1.2), and its curriculum
+# raises the lowest of them by half (0.6 to 0.9). Its absolute numbers belong to another scale than Eq. 9.
+_REST = WeightConfig(
+    entropies="initial",
+    w_min=0.7,  # not published; ours
+    w_max=1.4,  # not published; ours
+    decay_format=0.35,  # a_f: not published; ours
+    gain_arguments=0.35,  # a_p: not published; ours
+    gain_reasoning=0.35,  # a_t: not published; ours
+)
 # No schedule: the weights follow the moving averages of the entropies. The strength is low, because twice the strength
 # costs accuracy on tasks in which the reasoning determines the calls (docs/results.md).
-_REST = WeightConfig(strength=0.25, w_min=0.25, w_max=4.0)
-# a_f = a_p = a_t = 0.3: the published code moves its weights by 0.002 a step over a schedule of 150 steps
-_PAPER = WeightConfig(w_min=0.001, w_max=8.0, decay_format=0.3, gain_arguments=0.3, gain_reasoning=0.3)
+_REST_LIVE = WeightConfig(strength=0.25, w_min=0.25, w_max=4.0)
 # The baselines use the same reward as `rest`, so that a comparison with them isolates the token weights.
 _REWARD = RewardConfig()
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("rest", _REST, _REWARD),
-        Preset("paper", _PAPER, RewardConfig(accuracy_share_start=0.0, accuracy_share_end=1.0)),
-        Preset("authors-code", AuthorsWeights(), AuthorsReward()),
-        Preset("grpo", _UNIFORM, _REWARD),
-        Preset("dr_grpo", _UNIFORM, _REWARD, advantage="dr_grpo"),
-        Preset("dapo", _UNIFORM, _REWARD, advantage="dapo", epsilon_high=0.28),
+        Preset(
+            "rest",
+            _REST,
+            _REWARD,
+            origin="ResT by the paper's equations (arXiv 2509.21826); its constants are not published, these are ours",
+        ),
+        Preset(
+            "rest_live",
+            _REST_LIVE,
+            _REWARD,
+            origin="ours, not in the paper: gentle weights from running entropies, without a curriculum",
+        ),
+        Preset(
+            "authors-code",
+            AuthorsWeights(),
+            AuthorsReward(),
+            advantage="weighted_token_mean",
+            delta=3.0,
+            origin="the ResT authors' published code: constant weights with a schedule, its reward, loss and dual clip",
+        ),
+        Preset(
+            "grpo",
+            _UNIFORM,
+            _REWARD,
+            origin="GRPO (arXiv 2402.03300) without KL, with the reward of rest; that of the paper's GRPO is static",
+        ),
+        Preset(
+            "dr_grpo",
+            _UNIFORM,
+            _REWARD,
+            advantage="dr_grpo",
+            origin="Dr. GRPO (arXiv 2503.20783): no division by the spread, constant length; with the reward of rest",
+        ),
+        Preset(
+            "dapo",
+            _UNIFORM,
+            _REWARD,
+            advantage="dapo",
+            epsilon_high=0.28,
+            origin="DAPO (arXiv 2503.14476): mean over tokens and a higher upper clip bound; with the reward of rest",
+        ),
     )
 }
+# Deprecated names of presets.
+RENAMED_PRESETS = {"paper": "rest"}
 
 # The supervised baselines: loss weight by region (default 1), normalized to mean 1 over each response.
 # tsft's factor is that of ms-swift's loss scale `hermes` for call blocks (https://github.com/modelscope/ms-swift),
@@ -76,12 +134,26 @@ SUPERVISED: dict[str, dict[str, float]] = {
     "tsft": {"format": 2.0, "name": 2.0, "arguments": 2.0},
     "rsft": {"reasoning": 2.0},
 }
+SUPERVISED_ORIGINS: dict[str, str] = {
+    "sft": "supervised fine-tuning on the gold turns",
+    "tsft": "SFT with the loss doubled on calls; the factor is that of ms-swift, the paper's is not published",
+    "rsft": "SFT with the loss doubled on reasoning; the factor is ours, the paper's is not published",
+}
+
+
+def get_origin(preset: str) -> str:
+    """Return one sentence that says what a preset is and where it comes from; empty for an unknown name."""
+    known = PRESETS.get(preset)
+    return SUPERVISED_ORIGINS.get(preset, "") if known is None else known.origin
 
 
 def get_preset(preset: str | Preset) -> Preset:
     """Return the preset of this name, or the object itself; UserError for an unknown name."""
     if isinstance(preset, Preset):
         return preset
+    if preset in RENAMED_PRESETS:
+        warn_renamed(f"the preset {preset}", RENAMED_PRESETS[preset])
+        preset = RENAMED_PRESETS[preset]
     if preset not in PRESETS:
         expected = f"one of {', '.join(PRESETS)} (for training also {', '.join(SUPERVISED)})"
         near = difflib.get_close_matches(preset, [*PRESETS, *SUPERVISED], n=1)
@@ -105,8 +177,9 @@ def score_response(
     `step` is the absolute training step for `authors-code`, by default progress * 150. Set `truncated` for a
     response that was cut off; its format score is then 0.
     """
-    judgement = judge(text, gold, format, truncated=truncated)
-    return apply_reward(get_preset(preset).reward, judgement, progress, step)
+    reward, tool_format = get_preset(preset).reward, get_format(format)
+    check_reward_rule(reward, tool_format)
+    return apply_reward(reward, judge(text, gold, tool_format, truncated=truncated), progress, step)
 
 
 def compute_token_weights(

@@ -28,6 +28,15 @@ _Equality = Callable[[Any, Any], bool]
 FindingKind = Literal["format", "unneeded_call", "names", "missing_call", "keys", "missing_argument", "value", "answer"]
 
 
+# Gold turns on which `AuthorsReward.check` tries a format: one call, two calls, a call without arguments, an answer.
+EXAMPLE_GOLDS = (
+    Gold((ToolCall("f", {"a": 1}),)),
+    Gold((ToolCall("f", {"a": "x", "b": [1]}), ToolCall("g", {"c": True}))),
+    Gold((ToolCall("f", {}),)),
+    Gold(answer="It rains."),
+)
+
+
 class ScoreFinding(NamedTuple):
     """A mistake in a response and what it costs.
 
@@ -74,6 +83,8 @@ class RewardRule(Protocol):
 
     `progress` is the curriculum progress nu in [0, 1]. `step` counts the batches of responses from 1 and is None
     outside training. Return the reward, or a `Reward` to also replace the scores that are reported with it.
+
+    Optional attribute: `check(format)` raises `UserError` if the rule cannot score responses in this `ToolFormat`.
     """
 
     def __call__(self, judgement: Judgement, progress: float, step: float | None = None) -> float | Reward: ...
@@ -81,16 +92,21 @@ class RewardRule(Protocol):
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """ResT's reward R = beta_acc S_acc nu' + beta_fmt S_format (1 - nu'), with nu' linear in the progress nu."""
+    """ResT's reward R = beta_acc S_acc nu' + beta_fmt S_format (1 - nu'), with nu' linear in the progress nu.
+
+    The sources on the paper disagree about nu', and its constants are not published (docs/method.md). The defaults
+    follow the published code, in which accuracy makes up 1/2 of the reward's range at step 0 and 3/4 at step 150. The
+    equation on the paper's poster is nu' = 1 - nu (shares 1 and 0). Equal shares give a static reward.
+    """
 
     accuracy_scale: float = 1.0
-    """beta_acc"""
+    """beta_acc (not published; ours)"""
     format_scale: float = 1.0
-    """beta_fmt"""
-    accuracy_share_start: float = 0.3
-    """nu' at progress 0 (ours: if it were 0, the rewards of a group of well-formatted responses would be equal)."""
-    accuracy_share_end: float = 0.8
-    """nu' at progress 1 (ours: if it were 1, the format would not be rewarded any more)."""
+    """beta_fmt (not published; ours)"""
+    accuracy_share_start: float = 0.5
+    """nu' at progress 0 (not published; ours)"""
+    accuracy_share_end: float = 0.75
+    """nu' at progress 1 (not published; ours); it may be lower than at the start"""
     answer: str = "presence"
     """How to score an answer turn if the response calls no tool: `presence` sets S_acc to 1 for any text (as in
     ToolRL), `overlap` to the `token_overlap` with the gold answer, and `package.module:OBJECT` to the result of your
@@ -100,12 +116,9 @@ class RewardConfig:
     reward, and the reported scores stay correct."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.accuracy_share_start <= self.accuracy_share_end <= 1:
-            raise UserError(
-                f"accuracy_share_start is {self.accuracy_share_start} and accuracy_share_end {self.accuracy_share_end}",
-                "0 <= start <= end <= 1",
-                "change one of them",
-            )
+        for name in ("accuracy_share_start", "accuracy_share_end"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise UserError(f"{name} is {share}", "a number in [0, 1]", "change it")
         if not (0 <= self.accuracy_scale < float("inf") and 0 <= self.format_scale < float("inf")):
             scales = f"accuracy_scale is {self.accuracy_scale} and format_scale {self.format_scale}"
             raise UserError(scales, "finite numbers, at least 0", "change them")
@@ -148,6 +161,25 @@ class AuthorsReward:
     """
 
     rule: Literal["authors-code"] = "authors-code"
+
+    def check(self, format: ToolFormat) -> None:
+        """Raise UserError if a gold response in this format does not get full marks.
+
+        The published code reads the tags of `toolrl` and the key `parameters`. In any other format, training would
+        reward the wrong text.
+        """
+        from rest_rl.authors_code import HIGHEST_SCORES, authors_reward
+
+        for gold in EXAMPLE_GOLDS:
+            text = format.render("a thought", gold.calls, gold.answer)
+            wanted = (HIGHEST_SCORES[0], HIGHEST_SCORES[1] if gold.calls else 0.0)
+            if authors_reward(text, gold, 0) != wanted:
+                raise UserError(
+                    f"the reward of 'authors-code' gives gold responses in the format {format.name!r} less than full "
+                    "marks",
+                    "the format toolrl",
+                    "set rest.format = 'toolrl', or choose another preset",
+                )
 
     def __call__(self, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
         from rest_rl.authors_code import authors_reward, authors_step  # numpy, which no other reward needs
@@ -224,6 +256,12 @@ def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: 
     if isinstance(found, Reward):
         return found._replace(total=number)
     return Reward(number, judgement.format, judgement.accuracy, judgement.explanation)
+
+
+def check_reward_rule(rule: RewardRule, format: ToolFormat) -> None:
+    """Raise UserError if the reward rule cannot score responses in this format."""
+    if check := getattr(rule, "check", None):
+        check(format)
 
 
 @cache

@@ -22,6 +22,8 @@ RuleName = Literal[
     "one_minus_exp", "inverse", "collision", "constant", "uniform", "inverted", "top_entropy", "permuted"
 ]
 
+Normalization = Literal["response", "turn", "batch"]
+
 REGION_LABELS = tuple(region.label for region in Region)
 # The published code's weights at step 0. It gives `answer` and `other` no weight; we give them its lowest weight.
 AUTHORS_CONSTANTS: Mapping[str, float] = {
@@ -65,19 +67,25 @@ class TaggedBatch:
     """Policy entropy of each token in nats, for rules with `needs_entropies`."""
     entropies_N: Tensor | None = None
     """Entropies of all unmasked tokens of the global batch, if this batch is only a part of it."""
+    counts_R: Tensor | None = None
+    """Number of unmasked tokens of each region in the global batch, if this batch is only a part of it."""
 
 
 class WeightRule(Protocol):
     """Computes token weights; you can pass your own function or object wherever a name is accepted.
 
-    Return weights >= 0 of shape (B, T); `apply_weight_rule` divides them by their mean over each response. `statistics`
-    describe the previous steps and are None in the first one; `progress` is nu in [0, 1]. Do not modify the batch.
+    Return weights >= 0 of shape (B, T); `apply_weight_rule` divides them by their mean. `statistics` describe the
+    previous steps and are None in the first one; `progress` is nu in [0, 1]. Do not modify the batch.
 
     Optional attributes (defaults in parentheses):
 
     * `needs_entropies` (False): the rule reads `batch.entropies_BT` and therefore runs after the forward pass.
     * `is_uniform` (False): the weights of all tokens of a response are always equal.
     * `is_normalized` (False): the weights are used as returned.
+    * `normalization` ("response"): the tokens over which the weights are divided by their mean: those of a "response",
+      of each "turn" of it, or of the "batch".
+    * `statistics_steps` (0): 0 for moving averages over all previous steps; n > 0 for the plain mean over the first n
+      steps, which then stays fixed.
     * `region_weights(statistics, progress)`: the weight of each region before normalization, float64 (R,), for logs and
       plots; None if the rule does not weight regions by measured statistics.
     * `check(format, truncates)`: raises `UserError` if the rule does not support this format, or responses sampled with
@@ -90,10 +98,10 @@ class WeightRule(Protocol):
 def apply_weight_rule(
     rule: WeightRule, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float
 ) -> Tensor:
-    """Return the rule's weights: mean 1 over each response's unmasked tokens, 0 where masked. Shape (B, T), float32.
+    """Return the rule's weights, 0 where masked: mean 1 over each response, turn or the batch. Shape (B, T), float32.
 
     Raises:
-        UserError: The rule did not return finite weights >= 0 of shape (B, T).
+        UserError: The rule did not return finite weights >= 0 of shape (B, T), or has an unknown `normalization`.
     """
     import torch
 
@@ -118,7 +126,25 @@ def apply_weight_rule(
         warn_renamed("the attribute is_normalised of weight rules", "is_normalized")
     if getattr(rule, "is_normalized", old_name):
         return weights_BT.float()
+    kind = getattr(rule, "normalization", "response")
+    if kind == "turn":
+        return normalize_by_turn(weights_BT, batch.mask_BT)
+    if kind == "batch":
+        return scale_to_mean_one(weights_BT, batch.mask_BT, _global_mean(rule, batch, statistics, progress))
+    if kind != "response":
+        problem = f"the weight rule {display_name(rule)} has normalization {kind!r}"
+        raise UserError(problem, "response, turn or batch", "correct it")
     return normalize_weights(weights_BT, batch.mask_BT)
+
+
+def _global_mean(
+    rule: WeightRule, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float
+) -> float | None:
+    # The mean weight over the global batch, of which `batch` may be a part; None if it is the mean over `batch`.
+    if batch.counts_R is None or not isinstance(rule, WeightConfig) or rule.needs_entropies:
+        return None
+    weights_R = rule.weights_by_region(statistics, progress)
+    return float((weights_R * batch.counts_R).sum() / batch.counts_R.sum().clamp_min(1))
 
 
 def get_region_weights(rule: WeightRule, statistics: RegionStatistics | None, progress: float) -> Tensor | None:
@@ -130,6 +156,11 @@ def get_region_weights(rule: WeightRule, statistics: RegionStatistics | None, pr
 def needs_entropies(rule: WeightRule) -> bool:
     """Whether the rule reads the entropies of the batch that it weights."""
     return bool(getattr(rule, "needs_entropies", False))
+
+
+def get_statistics_steps(rule: WeightRule) -> int:
+    """Return the number of first steps over which the rule's statistics are measured; 0 for moving averages."""
+    return int(getattr(rule, "statistics_steps", 0))
 
 
 def is_uniform(rule: WeightRule) -> bool:
@@ -150,6 +181,14 @@ class WeightConfig:
     weights permuted between regions)."""
     strength: float = 1.0
     """Exponent in [0, 1] (ours): 0 is GRPO, 1 the full rule."""
+    entropies: Literal["running", "initial"] = "running"
+    """The measured entropies: `initial` is the mean over the first `initial_steps` steps, which then stays fixed (the
+    paper); `running` is a moving average over all previous steps (ours)."""
+    initial_steps: int = 5
+    """Number of steps over which `initial` entropies are measured (ours)."""
+    normalization: Normalization = "response"
+    """Weights have mean 1 over each `response` (the paper), over each `turn` of it, or over the `batch`. The options
+    differ only if responses have several turns or different shares of the regions."""
     w_min: float = 0.2
     """Lower bound of a region weight after division by the token mean (ours)."""
     w_max: float = 5.0
@@ -183,6 +222,11 @@ class WeightConfig:
             raise UserError(problem, "0 < w_min <= 1 <= w_max", "change one of them")
         if not 0 < self.quantile <= 1:
             raise UserError(f"quantile is {self.quantile}", "a number in (0, 1]", "change it")
+        if self.initial_steps < 1:
+            raise UserError(f"initial_steps is {self.initial_steps}", "at least 1", "change it")
+        for name, known in (("entropies", ("running", "initial")), ("normalization", get_args(Normalization))):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"{name} is {value!r}", f"one of {', '.join(known)}", "change it")
         if not self.uncertainty_floor > 0:
             raise UserError(f"uncertainty_floor is {self.uncertainty_floor}", "a number above 0", "change it")
         self._check_regions()
@@ -218,6 +262,10 @@ class WeightConfig:
         return self.rule == "top_entropy"
 
     @property
+    def statistics_steps(self) -> int:
+        return self.initial_steps if self.entropies == "initial" else 0
+
+    @property
     def is_uniform(self) -> bool:
         moves = self.decay_format != 0 or self.gain_arguments != 0 or self.gain_reasoning != 0
         has_weights = self.strength > 0 and (self.rule != "uniform" or moves)
@@ -231,11 +279,11 @@ class WeightConfig:
             )
 
     def region_weights(self, statistics: RegionStatistics | None, progress: float) -> Tensor | None:
-        return self._weights_by_region(statistics, progress) if self.needs_statistics else None
+        return self.weights_by_region(statistics, progress) if self.needs_statistics else None
 
     def __call__(self, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor:
         if not self.needs_entropies:
-            return self._weights_by_region(statistics, progress)[batch.regions_BT]
+            return self.weights_by_region(statistics, progress)[batch.regions_BT]
         if batch.entropies_BT is None:
             raise UserError(
                 "the rule 'top_entropy' selects single tokens, but there is no entropy for each token",
@@ -243,7 +291,8 @@ class WeightConfig:
             )
         return top_entropy_mask(batch.entropies_BT, batch.mask_BT, self.quantile, batch.entropies_N)
 
-    def _weights_by_region(self, statistics: RegionStatistics | None, progress: float) -> Tensor:
+    def weights_by_region(self, statistics: RegionStatistics | None, progress: float) -> Tensor:
+        """Return the weight of each region before normalization, for every rule but `top_entropy`. Shape (R,)."""
         return apply_curriculum(region_weights(statistics, self), progress, self)
 
 
@@ -387,6 +436,35 @@ def normalize_weights(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
     weights_BT = weights_BT.double() * mask_BT
     means_B1 = weights_BT.sum(-1, keepdim=True) / mask_BT.sum(-1, keepdim=True).clamp_min(1)
     return (weights_BT / torch.where(means_B1 > 0, means_B1, 1.0)).float()
+
+
+def normalize_by_turn(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Divide the weights of each turn, a run of unmasked tokens, by their mean. Shape (B, T), float32.
+
+    Unlike `normalize_weights`, this leaves each turn its share of the response's tokens, whatever its regions are.
+    """
+    import torch
+
+    is_token_BT = mask_BT.bool()
+    starts_BT = is_token_BT & ~torch.nn.functional.pad(is_token_BT, (1, 0))[:, :-1]
+    turns_BT = starts_BT.cumsum(-1)  # 1 for the first turn; masked tokens count too, but have weight 0
+    shape = (len(mask_BT), int(turns_BT.max()) + 1 if mask_BT.numel() else 1)
+    weights_BT, ones_BT = weights_BT.double() * is_token_BT, is_token_BT.double()
+    sums_BK, counts_BK = (
+        torch.zeros(shape, dtype=torch.float64).scatter_add_(1, turns_BT, values) for values in (weights_BT, ones_BT)
+    )
+    means_BK = sums_BK / counts_BK.clamp_min(1)
+    return (weights_BT / torch.where(means_BK > 0, means_BK, 1.0).gather(1, turns_BT)).float()
+
+
+def scale_to_mean_one(weights_BT: Tensor, mask_BT: Tensor, mean: float | None = None) -> Tensor:
+    """Divide all weights by one number: their mean over the unmasked tokens, or `mean`. Shape (B, T), float32.
+
+    With a loss that averages over tokens, this is the weighted token mean sum w l / sum w.
+    """
+    weights_BT = weights_BT.double() * mask_BT
+    mean = float(weights_BT.sum() / mask_BT.sum().clamp_min(1)) if mean is None else mean
+    return (weights_BT / mean if mean > 0 else weights_BT).float()
 
 
 def top_entropy_mask(

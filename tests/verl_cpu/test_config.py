@@ -46,7 +46,7 @@ def test_verl_accepts_every_recipe(path: Path) -> None:
         assert (*batches, verl.trainer.total_training_steps, verl.trainer.save_freq) == (512, 64, 105, 15)
 
 
-@pytest.mark.parametrize("preset", ["rest", "paper", "authors-code", "grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("preset", ["rest", "rest_live", "authors-code", "grpo", "dr_grpo", "dapo"])
 def test_every_preset(preset: str) -> None:
     verl = composed(f"rest.preset={preset}", "rest.format=hermes")
     assert verl.algorithm.adv_estimator == "rest_group"

@@ -20,19 +20,6 @@ from rest_rl.errors import UserError
 ENTROPIES = 'entropy in nats by region, {"name": 0.3, ...}, inline or in a file (default: equal for all regions)'
 
 
-PRESETS_IN_WORDS = {
-    "rest": "the default: weights from region entropies, at strength 0.25 and without a schedule",
-    "paper": "as in the paper: full strength, a curriculum from structure to reasoning, and its reward",
-    "authors-code": "exactly the published code: fixed weights, a schedule of 150 steps, and its reward",
-    "grpo": "GRPO: equal weights, with the reward of rest",
-    "dr_grpo": "Dr. GRPO: like grpo, but advantages are not divided by the standard deviation",
-    "dapo": "DAPO: like grpo, with a token mean over the batch and a higher upper clip bound",
-    "sft": "supervised: equal weights on all tokens of the demonstration",
-    "tsft": "supervised: weight 2 on calls",
-    "rsft": "supervised: weight 2 on the reasoning",
-}
-
-
 class Inspected(NamedTuple):
     """The token ids of a response, and the bytes (`pieces`), region and weight of each token in training."""
 
@@ -46,8 +33,10 @@ def presets(name: Annotated[str | None, typer.Argument(metavar="NAME", help="pre
     """List the presets, or print all settings of one as tables of a run file."""
     import tomli_w
 
+    from rest_rl.presets import PRESETS, SUPERVISED, get_origin
+
     if name is None:
-        print("\n".join(f"{preset:13} {meaning}" for preset, meaning in PRESETS_IN_WORDS.items()))
+        print("\n".join(f"{preset:13} {get_origin(preset)}" for preset in (*PRESETS, *SUPERVISED)))
         print("rest-rl presets NAME prints the settings of one; rest-rl train --preset NAME uses it")
     else:
         print(tomli_w.dumps(run_tables(name)).rstrip())
@@ -62,7 +51,8 @@ def run_tables(name: str) -> dict[str, Any]:
         return {"rest": {"preset": name, "region_weights": SUPERVISED[name]}}
     preset = get_preset(name)
     table = preset_to_table(preset)
-    clip = {"epsilon": table.pop("epsilon_low"), "epsilon_high": table.pop("epsilon_high")}
+    names = {"epsilon_low": "epsilon", "epsilon_high": "epsilon_high", "delta": "delta"}
+    clip = {names[key]: table.pop(key) for key in names if key in table}
     return {"rest": {"preset": preset.name, **table}, "trl": clip}
 
 

@@ -41,7 +41,7 @@ Model = Annotated[str | None, run_option("--model", "DIR_OR_ID", "model.path: mo
 Data = Annotated[str | None, run_option("--data", "FILE", "data.path: dialogues as a file, a folder or a hub dataset")]
 HeldOut = Annotated[str | None, run_option("--held-out", "FILE", "data.held_out: dialogues to evaluate on")]
 Preset = Annotated[
-    str | None, run_option("--preset", "P", "rest.preset: rest, paper, grpo, sft, ...; rest-rl presets lists all")
+    str | None, run_option("--preset", "P", "rest.preset: rest, rest_live, grpo, sft, ...; rest-rl presets lists all")
 ]
 Format = Annotated[
     str | None, run_option("--format", "F", "rest.format: tool-call format (default: auto, from the chat template)")

@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 import tomli_w
 
 from rest_rl.config import RunConfig, apply_overrides, from_mapping, parse_toml, read_asset, rename_keys, without_none
-from rest_rl.errors import UserError
+from rest_rl.errors import UserError, warn_renamed
 from rest_rl.jsonl import describe_os_error
 from rest_rl.objects import add_search_folder
-from rest_rl.presets import PRESETS
+from rest_rl.presets import PRESETS, RENAMED_PRESETS
 from rest_rl.report.tables import flatten
 
 DEFAULT_REFERENCE = "grpo"
@@ -259,6 +259,9 @@ def find_changes(name: str, file_methods: Mapping[str, Tables]) -> Tables:
     # Methods of the grid file take precedence over those of the package.
     if name in file_methods:
         return file_methods[name]
+    if name in RENAMED_PRESETS:
+        warn_renamed(f"the method {name}", RENAMED_PRESETS[name])
+        return METHODS[RENAMED_PRESETS[name]].changes
     if name not in METHODS:
         known = ", ".join((*file_methods, *METHODS))
         raise UserError(

@@ -144,9 +144,9 @@ class Remark(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """The recommended preset and, for `rest`, its settings in `[rest.weights]` (None for `grpo`), with reasons."""
+    """The recommended preset and, except for `grpo`, its settings in `[rest.weights]`, with reasons."""
 
-    preset: Literal["rest", "grpo"]
+    preset: Literal["rest", "rest_live", "grpo"]
     rule: str | None
     strength: float | None
     w_min: float | None
@@ -198,7 +198,7 @@ class ProbeReport:
 
     @property
     def advice(self) -> Advice:
-        """The recommendation: `rest` if its gain is significant and exceeds that of shuffled weights, else `grpo`."""
+        """The recommendation: weights whose gain is significant and exceeds that of shuffled weights, else `grpo`."""
         return recommend(self)
 
 
@@ -297,7 +297,7 @@ def recommend(probe: ProbeReport) -> Advice:
         loss = Estimate(-worst.adam_gain.value, worst.adam_gain.error)
         harm = f"; {worst.name} would cost {percent_text(loss)}" if loss.is_above(0, SIGNIFICANT) else ""
         why = (
-            f"weights are unlikely to help: {result}, the best of {len(named)} ways to set rest, and a gain below "
+            f"weights are unlikely to help: {result}, the best of {len(named)} candidates, and a gain below "
             f"{whole_percent(MIN_USEFUL_GAIN)} does not justify them{harm}"
         )
         return recommend_uniform("likely", why)
@@ -313,12 +313,14 @@ def recommend_rest(rule: RuleFacts, why: str) -> Advice:
     # The prediction covers only the weights that the rule gives to these tokens. Later in training the entropies move,
     # and without the clip range the weights would leave what was measured.
     config = candidate_rules()[rule.name]
-    w_min = max(0.1, math.floor(10 * min(rule.bounds[0], 1)) / 10)
-    w_max = math.ceil(10 * max(rule.bounds[1], 1)) / 10
-    what = f"preset rest, rule {config.rule}, strength {config.strength:g}, w_min {w_min:g}, w_max {w_max:g}"
+    w_min, w_max, preset = config.w_min, config.w_max, "rest"
+    if rule.name != preset:
+        w_min = max(0.1, math.floor(10 * min(rule.bounds[0], 1)) / 10)
+        w_max, preset = math.ceil(10 * max(rule.bounds[1], 1)) / 10, "rest_live"
+    what = f"preset {preset}, rule {config.rule}, strength {config.strength:g}, w_min {w_min:g}, w_max {w_max:g}"
     later = "this is a prediction for the next step; `rest-rl compare` shows whether it lasts"
     why = f"{why[0].upper()}{why[1:]}; {later}."
-    return Advice("rest", config.rule, config.strength, w_min, w_max, "likely", what, why)
+    return Advice(preset, config.rule, config.strength, w_min, w_max, "likely", what, why)
 
 
 def percent_text(estimate: Estimate, digits: str = ".0f") -> str:

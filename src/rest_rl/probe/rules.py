@@ -37,10 +37,9 @@ def built_in_rules() -> dict[str, WeightRule]:
     """Return the built-in rules by name, uniform first."""
     # `inverted` and `permuted` change only the rule of `rest`, so that any difference is due to which region gets which
     # weight.
-    own = rest_weights()
+    own = preset_weights("rest")
     return {
         UNIFORM: PRESETS["grpo"].weights,
-        "paper": PRESETS["paper"].weights,
         "authors-code": PRESETS["authors-code"].weights,
         **candidate_rules(),
         "inverted": replace(own, rule="inverted"),
@@ -51,18 +50,19 @@ def built_in_rules() -> dict[str, WeightRule]:
 
 
 def candidate_rules() -> dict[str, WeightConfig]:
-    """Return the rules that may be recommended: `rest`, and `rest` with other strengths or other entropy rules."""
-    own = rest_weights()
-    strengths = [strength for strength in (0.25, 0.5, 1.0) if strength != own.strength]
-    others: list[RuleName] = [rule for rule in ENTROPY_RULES if rule != own.rule]
+    """Return the rules that may be recommended: `rest`, and `rest_live` with other strengths and entropy rules."""
+    live = preset_weights("rest_live")
+    strengths = [strength for strength in (0.25, 0.5, 1.0) if strength != live.strength]
+    others: list[RuleName] = [rule for rule in ENTROPY_RULES if rule != live.rule]
     return {
-        "rest": own,
-        **{f"rest, strength {strength:g}": replace(own, strength=strength) for strength in strengths},
-        **{f"rest, {rule}": replace(own, rule=rule) for rule in others},
+        "rest": preset_weights("rest"),
+        "rest_live": live,
+        **{f"rest_live, strength {strength:g}": replace(live, strength=strength) for strength in strengths},
+        **{f"rest_live, {rule}": replace(live, rule=rule) for rule in others},
     }
 
 
-def rest_weights() -> WeightConfig:
-    own = PRESETS["rest"].weights
+def preset_weights(name: str) -> WeightConfig:
+    own = PRESETS[name].weights
     assert isinstance(own, WeightConfig)
     return own

@@ -19,6 +19,7 @@ from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.evaluate.held_out import HeldOutPrompt, response_limit, select_interim_prompts
 from rest_rl.objects import UserObject
+from rest_rl.presets import get_origin
 from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.plots import draw_all
 from rest_rl.report.tables import BEFORE_AFTER_HEADER, before_after_rows, group_runs, headline_turn, scores_for_turn
@@ -132,6 +133,7 @@ def execute(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observ
     config, engine, data, folder = plan.config, plan.engine, plan.data, log.folder
     counts = f"{len(data.prepared)} training prompts, {len(data.held_out)} held-out prompts"
     observer.say(f"run folder {folder}: preset {config.rest.preset}, {counts}")
+    observer.say(f"{config.rest.preset}: {get_origin(config.rest.preset)}")
     record_data(data, log, observer)
     engine.start(log)
     held_out = HeldOutEvaluator(engine, data.held_out, plan, log, observer)

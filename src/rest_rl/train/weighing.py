@@ -34,21 +34,27 @@ COUNTS, ENTROPIES, COLLISIONS = range(3)
 
 
 class EntropyTracker(TrainerCallback, ExportableState):
-    """Moving sums of token counts, entropies and collision estimates by region; their ratios are moving averages.
+    """Sums of token counts, entropies and collision estimates by region; their ratios are averages over steps.
 
     Each optimizer step updates the sums to decay * old + new, where "new" is summed over all micro-batches and
     processes of the step. With sums instead of means, a region with few tokens changes its average little, a region
     without tokens keeps it, and the first step needs no bias correction.
+
+    If `first_steps` is above 0, the sums are those of the first so many steps, without decay, and then stay fixed.
     """
 
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, decay: float, first_steps: int = 0) -> None:
+        self.decay, self.first_steps = decay, first_steps
         self.totals_3R = torch.zeros(3, NUM_REGIONS, dtype=torch.float64)
 
-    def update(self, sums_3R: Tensor) -> None:
-        """Add one optimizer step, summed over all processes; sums that are not finite are ignored."""
-        if torch.isfinite(sums_3R).all():
-            self.totals_3R = self.decay * self.totals_3R + sums_3R.cpu()
+    def update(self, sums_3R: Tensor, step: int) -> None:
+        """Add one optimizer step, summed over all processes; sums that are not finite are ignored.
+
+        `step` is the number of steps before this one.
+        """
+        if torch.isfinite(sums_3R).all() and not 0 < self.first_steps <= step:
+            decay = 1.0 if self.first_steps else self.decay
+            self.totals_3R = decay * self.totals_3R + sums_3R.cpu()
 
     def statistics(self) -> RegionStatistics | None:
         """Return the statistics of all steps so far, NaN for regions without tokens; None before the first step."""
@@ -72,7 +78,10 @@ class EntropyTracker(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return the state that `Trainer` writes to trainer_state.json."""
-        return {"args": {"decay": self.decay}, "attributes": {"table": self.table}}
+        return {
+            "args": {"decay": self.decay, "first_steps": self.first_steps},
+            "attributes": {"table": self.table},
+        }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the moving sums from the checkpoint of a resumed run."""
@@ -169,14 +178,15 @@ class TokenWeighter:
         step: int,
         entropies_BT: Tensor | None = None,
         entropies_N: Tensor | None = None,
+        counts_R: Tensor | None = None,
     ) -> WeightedTokens:
         """Weight the tokens of a batch.
 
         `statistics` are the region statistics of earlier steps, None in the first step; `step` is the number of the
         generation batch, from 1. Rules that need entropies get those of this batch, `entropies_BT`, and those of all N
-        tokens of the global batch, `entropies_N`.
+        tokens of the global batch, `entropies_N`. `counts_R` are the global batch's tokens by region.
         """
-        known = (self.tokenizer, self.format.name, step, entropies_BT, entropies_N)
+        known = (self.tokenizer, self.format.name, step, entropies_BT, entropies_N, counts_R)
         batch = TaggedBatch(ids_BT, mask_BT, regions_BT, *known)
         weights_BT = apply_weight_rule(self.rule, batch, statistics, progress)
         return WeightedTokens(regions_BT, weights_BT, get_region_weights(self.rule, statistics, progress))

@@ -4,8 +4,9 @@ Shapes: B responses, T completion tokens, R regions. TRL's loss accepts advantag
 min(r w A, clip(r) w A) = w min(r A, clip(r) A), where r is the probability ratio, A the advantage and w the weight:
 scaling a token's advantage by w scales its clipped surrogate by w.
 
-Region statistics: the weights of step k are computed from a moving average of the entropy sums per region, taken over
-all steps before k, all micro-batches and all processes (`EntropyTracker`). The statistics need no extra forward pass
+Region statistics: the weights of step k are computed from an average of the entropy sums per region, taken over steps
+before k, all micro-batches and all processes (`EntropyTracker`): a moving average, or for `entropies = "initial"` the
+mean over the first steps. The statistics need no extra forward pass
 and are equal in all processes, so the result depends neither on gradient accumulation nor on the number of processes.
 In the first step no entropy has been measured, and all regions count as equally uncertain. With num_iterations > 1,
 every optimizer step updates the average, including a second step on the same responses.
@@ -36,6 +37,7 @@ from rest_rl.formats import format_name, get_format
 from rest_rl.objects import UserObject, find_address
 from rest_rl.presets import PRESETS, Preset
 from rest_rl.response import NUM_REGIONS
+from rest_rl.rewards import check_reward_rule
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.record import RESPONSE_INDEX, WeightedBatch
 from rest_rl.train.reward import compute_progress, get_stop_ids, make_tool_reward, refuse_non_finite
@@ -50,10 +52,10 @@ from rest_rl.train.weighing import (
     sum_by_region,
     sum_surprise,
 )
-from rest_rl.weights import WeightRule, is_uniform, needs_entropies
+from rest_rl.weights import WeightRule, get_statistics_steps, is_uniform, needs_entropies, scale_to_mean_one
 
-# Key of the tokens' regions in TRL's batch.
-REGION_LABELS = "regions"
+# Keys in TRL's batch: the regions of the tokens, and the tokens by region of the whole batch, repeated for every row.
+REGION_LABELS, REGION_COUNTS = "regions", "region_counts"
 
 
 # TRL's RepeatSampler (1.16) shuffles with one generator that advances from epoch to epoch, and a resumed process starts
@@ -83,12 +85,14 @@ class EpochOrder(Sampler[int]):
 # The value of a setting that the preset decides.
 FROM_PRESET = "preset"
 
-# TRL's settings for each kind of advantage. One departure from DAPO: TRL does not resample groups whose rewards are all
-# equal. They have no gradient, but their tokens count in the token mean.
+# TRL's settings for each kind of advantage. For `weighted_token_mean`, the trainer also divides the weights by their
+# mean over the micro-batch. One departure from DAPO: TRL does not resample groups whose rewards are all equal. They
+# have no gradient, but their tokens count in the token mean.
 TRL_SETTINGS: Mapping[AdvantageKind, Mapping[str, str]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "dapo": {"loss_type": "dapo", "scale_rewards": "group"},
+    "weighted_token_mean": {"loss_type": "dapo", "scale_rewards": "group"},
 }
 
 
@@ -116,7 +120,7 @@ class ResTConfig(GRPOConfig):
     reward: dict[str, Any] | str | None = field(
         default=None, metadata=_help("Fields that replace the preset's, or a rule.")
     )
-    advantage: str | None = field(default=None, metadata=_help("Replaces the preset's: 'grpo', 'dr_grpo' or 'dapo'."))
+    advantage: str | None = field(default=None, metadata=_help(f"Replaces the preset's: {', '.join(TRL_SETTINGS)}."))
     entropy_decay: float = field(default=ENTROPY_DECAY, metadata=_help("Decay per step of the region averages."))
     progress_steps: int = field(default=0, metadata=_help("Steps in which progress goes from 0 to 1; 0 for all."))
     loss_type: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
@@ -136,6 +140,8 @@ class ResTConfig(GRPOConfig):
             self._fill_from_preset("epsilon", method.epsilon_low, 0.2)
         if method.epsilon_high != method.epsilon_low:
             self._fill_from_preset("epsilon_high", method.epsilon_high, None)
+        if method.delta is not None:
+            self._fill_from_preset("delta", method.delta, None)
 
     def method(self) -> Preset:
         """Return the preset with the fields `weights`, `reward` and `advantage` applied to it."""
@@ -157,6 +163,7 @@ class ResTConfig(GRPOConfig):
         self.advantage = self.advantage or preset.advantage
         self.epsilon = preset.epsilon_low if self.epsilon == 0.2 else self.epsilon
         self.epsilon_high = preset.epsilon_high if self.epsilon_high is None else self.epsilon_high
+        self.delta = preset.delta if self.delta is None else self.delta
 
     def _fill_from_preset(self, name: str, value: Any, unset: Any) -> None:
         given = getattr(self, name)
@@ -167,13 +174,16 @@ class ResTConfig(GRPOConfig):
             warnings.warn(message, stacklevel=4)  # the caller of the dataclass's __init__
 
     def check_method(self, method: Preset) -> None:
-        """Raise a UserError if other settings do not allow the method's weights or add an unweighted term."""
+        """Raise a UserError if other settings do not allow the method's weights or its reward.
+
+        A KL term (`beta`) is allowed with every rule: TRL adds it to each token's loss, and the weights do not apply.
+        """
         truncates = self.top_p < 1 or self.top_k > 0 or self.min_p is not None
         check_weight_rule(method.weights, self.tool_format, self.entropy_decay, truncates=truncates)
+        check_reward_rule(method.reward, get_format(self.tool_format))
         if is_uniform(method.weights):
             return
         refused = {
-            f"beta={self.beta}": self.beta != 0,
             f"entropy_coef={self.entropy_coef}": self.entropy_coef != 0,
             "use_adaptive_entropy=True": self.use_adaptive_entropy,
             f"top_entropy_quantile={self.top_entropy_quantile}": self.top_entropy_quantile < 1,
@@ -294,7 +304,7 @@ class ResTTrainer(GRPOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.add_callback(EntropyTracker(args.entropy_decay))
+        self.add_callback(EntropyTracker(args.entropy_decay, get_statistics_steps(self._method.weights)))
         self.on_weighed: Callable[[WeightedBatch], None] | None = None
         self._microbatch: _MicroBatch | None = None
         self._sums_4R = torch.zeros(4, NUM_REGIONS, dtype=torch.float64)
@@ -318,8 +328,12 @@ class ResTTrainer(GRPOTrainer):
     # into micro-batches by the first axis of every tensor, so regions (B, T) and response numbers (B,) stay aligned.
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
-        regions_BT = self._weighter.tag(batch["completion_ids"], sampled_mask(batch))
-        return {**batch, RESPONSE_INDEX: torch.arange(len(batch["completion_ids"])), REGION_LABELS: regions_BT}
+        mask_BT = sampled_mask(batch)
+        regions_BT = self._weighter.tag(batch["completion_ids"], mask_BT)
+        counts_R = torch.bincount(regions_BT[mask_BT.bool().cpu()], minlength=NUM_REGIONS).double()
+        counts_BR = self._sum_over_processes(counts_R).expand(len(regions_BT), -1)
+        added = {RESPONSE_INDEX: torch.arange(len(regions_BT)), REGION_LABELS: regions_BT, REGION_COUNTS: counts_BR}
+        return {**batch, **added}
 
     # The override. `inputs` is a micro-batch from TRL's buffer, which num_iterations > 1 reads again: it is copied, and
     # only the copy gets the weighted advantages (B, T) in place of (B,). `super()` then computes TRL's own loss, so
@@ -361,9 +375,12 @@ class ResTTrainer(GRPOTrainer):
 
     def _weight_advantages(self, micro_batch: _MicroBatch, entropies_BT: Tensor | None = None) -> Tensor:
         entropies_N = None if entropies_BT is None else self._gather_entropies(entropies_BT, micro_batch.mask_BT)
-        ids_BT, regions_BT = micro_batch.batch["completion_ids"].cpu(), micro_batch.batch.get(REGION_LABELS)
+        batch, counts_R = micro_batch.batch, None
+        ids_BT, regions_BT = batch["completion_ids"].cpu(), batch.get(REGION_LABELS)
         if regions_BT is None:  # a batch that this trainer did not generate
             regions_BT = self._weighter.tag(ids_BT, micro_batch.mask_BT)
+        elif REGION_COUNTS in batch:
+            counts_R = batch[REGION_COUNTS][0]
         micro_batch.weighted = self._weighter.weight(
             ids_BT,
             micro_batch.mask_BT,
@@ -373,8 +390,12 @@ class ResTTrainer(GRPOTrainer):
             self.state.global_step // optimizer_steps_per_batch(self.args) + 1,
             entropies_BT,
             entropies_N,
+            counts_R,
         )
-        return weight_advantages(micro_batch.advantages_B, micro_batch.weighted.weights_BT)
+        weights_BT = micro_batch.weighted.weights_BT
+        if self._method.advantage == "weighted_token_mean":
+            weights_BT = scale_to_mean_one(weights_BT, micro_batch.mask_BT)
+        return weight_advantages(micro_batch.advantages_B, weights_BT)
 
     # Bookkeeping: sums of all micro-batches are collected and closed in the micro-batch that ends an optimizer step
     # (`sync_gradients`), so with gradient accumulation the statistics are those of the global batch. An evaluation has
@@ -412,7 +433,7 @@ class ResTTrainer(GRPOTrainer):
         for name, value in figures.items():
             metrics[name].append(value)
         if self._training:
-            self.tracker.update(sums_4R[:3])
+            self.tracker.update(sums_4R[:3], self.state.global_step)
 
     # The surprise check compares sampler and loss. It is valid only for the policy that sampled, in the first step on a
     # batch, and only if no response was masked for its length, which depends on the sampled tokens.

@@ -20,8 +20,9 @@ from trl import GRPOConfig
 
 from rest_rl.config import AUTO, RunConfig, parse_toml, read_asset
 from rest_rl.errors import UserError
+from rest_rl.formats import get_format
 from rest_rl.presets import Preset
-from rest_rl.rewards import uses_random_rewards
+from rest_rl.rewards import check_reward_rule, uses_random_rewards
 from rest_rl.train.trl.settings import check_trl_table
 from rest_rl.train.verl.responses import LOOP, PLUGIN, TRAINER
 from rest_rl.train.weighing import check_weight_rule
@@ -104,7 +105,12 @@ def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = Fal
         f"{ACTOR}.clip_ratio": low,
         f"{ACTOR}.clip_ratio_low": low,
         f"{ACTOR}.clip_ratio_high": high if trl["epsilon_high"] is None else trl["epsilon_high"],
-        f"{ACTOR}.clip_ratio_c": trl["delta"] or 1e9,  # without `delta` TRL has no such bound, verl always has one
+        # Without `delta` TRL has no such bound, verl always has one.
+        f"{ACTOR}.clip_ratio_c": trl["delta"] or method.delta or 1e9,
+        # TRL's KL term, which the token weights do not multiply: exp(d) - d - 1 with d = log(p_ref / p).
+        f"{ACTOR}.use_kl_loss": trl["beta"] != 0,
+        f"{ACTOR}.kl_loss_coef": trl["beta"],
+        f"{ACTOR}.kl_loss_type": "low_var_kl",
         f"{ACTOR}.ppo_max_token_len_per_gpu": max(16384, job.prompt_tokens + trl["max_completion_length"]),
         "data.max_prompt_length": job.prompt_tokens,
         f"{MODEL}.trust_remote_code": config.model.trust_remote_code,
@@ -195,8 +201,8 @@ def check_allowed_values(values: Mapping[str, Any], fixed: Mapping[str, Any], *,
 
 
 # Refuses settings that verl would not follow: random rewards need the batch, but verl scores each response separately;
-# progress on verl always spans the whole run; verl has its own key for the KL term; Megatron would train all weights
-# despite [peft]; and verl expands the name of the run folder as a file pattern.
+# progress on verl always spans the whole run; Megatron would train all weights despite [peft]; and verl expands the
+# name of the run folder as a file pattern.
 def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, megatron: bool) -> None:
     if uses_random_rewards(method.reward):
         problem = "rest.reward.random is true, but verl scores each response separately"
@@ -204,9 +210,6 @@ def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, mega
     if config.rest.progress_steps:
         problem = f"rest.progress_steps is {config.rest.progress_steps}, which verl does not support"
         raise UserError(problem, "0, for all steps of the run", "remove it")
-    if trl["beta"]:
-        remedy = f"set verl.{ACTOR}.use_kl_loss, with preset 'grpo', 'dr_grpo' or 'dapo'"
-        raise UserError(f"trl.beta is {trl['beta']}, which verl does not read", "0", remedy)
     if config.peft and megatron:
         raise UserError("[peft] has no effect with Megatron", remedy=f"remove it and set verl.{MODEL}.lora")
     if pattern := next((sign for sign in ("[", "]", "*", "?", "::") if sign in config.run.out), None):
@@ -215,6 +218,7 @@ def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, mega
     tool_format = "toolrl" if config.rest.format == AUTO else config.rest.format
     truncates = trl["top_p"] < 1 or trl["top_k"] > 0
     check_weight_rule(method.weights, tool_format, config.rest.entropy_decay, truncates=truncates)
+    check_reward_rule(method.reward, get_format(tool_format))
 
 
 # verl's configuration

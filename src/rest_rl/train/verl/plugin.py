@@ -95,7 +95,8 @@ class ReSTPPOTrainer(PPOTrainerSync):
         watched = [responses.indices[i] for i in chosen]
         weighter = TokenWeighter(self.tokenizer, self.format, self.method.weights)
         step, progress = self.global_steps, progress_of_step(self.global_steps, self.total_training_steps)
-        advantages, figures, tokens = weight_batch(data, weighter, self.tracker, progress, step, watched)
+        kind = self.method.advantage
+        advantages, figures, tokens = weight_batch(data, weighter, self.tracker, progress, step, watched, kind)
         requested = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
         metrics |= figures | responses.compute_metrics() | {FAILED_METRIC: requested - len(responses.indices)}
         self.log.add_responses(responses.make_rows(chosen, tokens, step, progress))

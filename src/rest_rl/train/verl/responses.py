@@ -33,6 +33,7 @@ from rest_rl.train.weighing import (
     sum_by_region,
     sum_surprise,
 )
+from rest_rl.weights import get_statistics_steps
 
 # The module that registers the trainer and the advantage estimator.
 PLUGIN = "rest_rl.train.verl.plugin"
@@ -63,7 +64,9 @@ def parse_run(text: str) -> tuple[RunTable, Preset, ToolFormat, EntropyTracker]:
     """Return `[run]`, method, format and a new entropy tracker from the text of a run file, for verl's trainer."""
     config = RunConfig.from_toml(text)
     rest = config.rest
-    return config.run, rest.resolve(), get_format(rest.format), EntropyTracker(rest.entropy_decay)
+    method = rest.resolve()
+    tracker = EntropyTracker(rest.entropy_decay, get_statistics_steps(method.weights))
+    return config.run, method, get_format(rest.format), tracker
 
 
 def weight_batch(
@@ -73,12 +76,14 @@ def weight_batch(
     progress: float,
     step: int,
     watched: Collection[int] = (),
+    advantage: AdvantageKind = "grpo",
 ) -> tuple[Tensor, dict[str, float], dict[int, Row]]:
     """Weight a batch's advantages with the statistics of earlier steps, then add this step's sums to `tracker`.
 
     `data` contains the fields of `PER_TOKEN`, jagged or dense; `step` counts from 1. Returns the weighted advantages of
     all tokens (jagged, with the batch's row lengths), the step's metrics, and a mapping from each index in `watched` to
-    the token fields of that response for responses.jsonl.
+    the token fields of that response for responses.jsonl. For the `advantage` "weighted_token_mean", all weighted
+    advantages are divided by the batch's mean weight.
     """
     rows = [data[name].unbind() for name in PER_TOKEN]
     size, statistics, rule_weights_R = len(rows[0]), tracker.statistics(), None
@@ -87,12 +92,13 @@ def weight_batch(
     advantages: list[Tensor] = []
     recorded: dict[int, Row] = {}
     entropies_N = torch.cat([row[mask.bool()] for row, mask in zip(rows[2], rows[1], strict=True)]).float().cpu()
+    regions, counts_R = tag_chunks(rows[0], rows[1], weighter)
     for first in range(0, size, CHUNK_SIZE):
         chunks = [row[first : first + CHUNK_SIZE] for row in rows]
         ids_BT, mask_BT, entropies_BT, logps_BT, advantages_BT = map(pad_rows, chunks)
         lengths = [len(row) for row in chunks[0]]
-        regions_BT = weighter.tag(ids_BT, mask_BT)
-        weighted = weighter.weight(ids_BT, mask_BT, regions_BT, statistics, progress, step, entropies_BT, entropies_N)
+        known = (statistics, progress, step, entropies_BT, entropies_N, counts_R)
+        weighted = weighter.weight(ids_BT, mask_BT, regions[first // CHUNK_SIZE], *known)
         rule_weights_R = weighted.rule_weights_R
         sums_4R += sum_by_region(weighted, mask_BT, entropies_BT, logps_BT)
         surprise_4 += sum_surprise(logps_BT, entropies_BT, mask_BT)
@@ -102,10 +108,23 @@ def weight_batch(
         chunk = WeightedBatch(torch.arange(first, first + len(lengths)), *kept)
         local = {at: at - first for at in watched if first <= at < first + CHUNK_SIZE}
         recorded |= {at: chunk.token_fields(row, lengths[row]) for at, row in local.items()}
-    tracker.update(sums_4R[:3])
+    tracker.update(sums_4R[:3], step - 1)
+    if advantage == "weighted_token_mean" and sums_4R[3].sum() > 0:
+        factor = float(sums_4R[0].sum() / sums_4R[3].sum())
+        advantages = [row * factor for row in advantages]
     figures = compute_region_metrics(sums_4R, rule_weights_R) | compute_surprise_metrics(surprise_4)
     figures["entropy"] = float(sums_4R[1].sum() / sums_4R[0].sum())
     return torch.nested.as_nested_tensor(advantages, layout=torch.jagged), figures, recorded
+
+
+# The regions (B, T) of each chunk, and the number of tokens of each region in all of them.
+def tag_chunks(ids: Sequence[Tensor], masks: Sequence[Tensor], weighter: TokenWeighter) -> tuple[list[Tensor], Tensor]:
+    chunks, counts_R = [], torch.zeros(NUM_REGIONS, dtype=torch.float64)
+    for first in range(0, len(ids), CHUNK_SIZE):
+        ids_BT, mask_BT = (pad_rows(rows[first : first + CHUNK_SIZE]) for rows in (ids, masks))
+        chunks.append(weighter.tag(ids_BT, mask_BT))
+        counts_R += torch.bincount(chunks[-1][mask_BT.bool()], minlength=NUM_REGIONS)
+    return chunks, counts_R
 
 
 # (B, T) on the CPU, padded with 0; 16-bit numbers become float32.
