@@ -4,8 +4,9 @@
     python -m research.warm_start --set decision=call --out runs/call    the model of the second tool world
 
 Training has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean: correct
-demonstrations. Noisy: a share of the demonstrations has one defect, so that sampling at temperature 1 makes mistakes
-that a reward detects and reinforcement learning can correct, while greedy decoding makes far fewer.
+demonstrations. Narrow: most demonstrations make exactly one call, whatever the request needs. The model then almost
+never makes two calls or refuses, although it once could; reinforcement learning has to find out when one call is wrong.
+It is sure of its mistakes: a lower temperature does not correct them.
 
 The training loop is written out here because the data are generated on the fly, the stages share one optimizer, and the
 head is applied only to labeled positions. A Trainer would add its bookkeeping to steps of a tenth of a second.
@@ -29,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from research.command import run_command
-from research.demonstrations import render_corrupted_demonstration, render_demonstration
+from research.demonstrations import render_demonstration, render_single_call
 from research.tool_world_model import build_model, build_recall_batch, build_tokenizer
 from rest_rl.config import apply_overrides, override_fields
 from rest_rl.data.layout import PromptLayout
@@ -55,12 +56,12 @@ class WarmStartConfig:
     recall_pairs: int = 6
     recall_batch: int = 16
     clean_steps: int = 1200
-    noisy_steps: int = 300
+    narrow_steps: int = 200
     batch_size: int = 32
     learning_rate: float = 2e-3
-    noisy_learning_rate: float = 1e-3
-    corruption: float = 0.5
-    """Share of the noisy stage's demonstrations that have a defect."""
+    narrow_learning_rate: float = 1e-3
+    single_call: float = 0.9
+    """Share of the narrow stage's demonstrations that make exactly one call, whatever the request needs."""
     decision: Decision = "reasoning"
     """Where demonstrations decide what to call: in the reasoning, or in the call after filler reasoning."""
     # Filler is random and cannot be predicted; trained on in full, its loss would swamp the loss of the call.
@@ -68,7 +69,7 @@ class WarmStartConfig:
     """Share of the filler tokens that are trained on."""
 
     def __post_init__(self) -> None:
-        steps = (self.recall_steps, self.clean_steps, self.noisy_steps)
+        steps = (self.recall_steps, self.clean_steps, self.narrow_steps)
         if min(steps) < 0 or min(self.layers, self.recall_pairs, self.recall_batch, self.batch_size) < 1:
             raise UserError(f"a value of the recipe is out of range: {self}", "steps >= 0 and sizes >= 1", "change it")
         if self.hidden < 64 or self.hidden % 8:
@@ -76,8 +77,8 @@ class WarmStartConfig:
         if self.decision not in get_args(Decision) or not 0 < self.filler_share <= 1:
             expected = "decision reasoning or call, and filler_share in (0, 1]"
             raise UserError(f"a value of the recipe is out of range: {self}", expected, "change it")
-        if not (0 <= self.corruption <= 1 and self.learning_rate > 0 and self.noisy_learning_rate > 0):
-            expected = "corruption in [0, 1] and learning rates > 0"
+        if not (0 <= self.single_call <= 1 and self.learning_rate > 0 and self.narrow_learning_rate > 0):
+            expected = "single_call in [0, 1] and learning rates > 0"
             raise UserError(f"a value of the recipe is out of range: {self}", expected, "change it")
 
 
@@ -124,11 +125,11 @@ def warm_start(
     recall = (Batch(*build_recall_batch(tokenizer, rng, *pairs)) for _ in iter(int, 1))
     world, layout = generate_samples(config.seed, config.decision), PromptLayout(tokenizer)
     clean = generate_batches(world, layout, rng, config)
-    noisy = generate_batches(world, layout, rng, config, config.corruption)
+    narrow = generate_batches(world, layout, rng, config, config.single_call)
     stages = (
         (Stage("recall", config.recall_steps, config.learning_rate, 0.0, config.recall_accuracy), recall),
         (Stage("clean", config.clean_steps, config.learning_rate, 0.5), clean),
-        (Stage("noisy", config.noisy_steps, config.noisy_learning_rate, 0.5), noisy),
+        (Stage("narrow", config.narrow_steps, config.narrow_learning_rate, 0.5), narrow),
     )
     record: dict[str, Any] = {"recipe": dataclasses.asdict(config)}
     for stage, batches in stages:
@@ -152,7 +153,7 @@ def generate_batches(
     layout: PromptLayout,
     rng: random.Random,
     config: WarmStartConfig,
-    corruption: float = 0.0,
+    single_call: float = 0.0,
 ) -> Iterator[Batch]:
     # Prompts followed by demonstrations, labeled on the demonstration. Rows are not sorted by length, because length
     # depends on the kind of sample and every batch should contain all kinds.
@@ -161,8 +162,8 @@ def generate_batches(
     while True:
         rows = []
         for sample in itertools.islice(samples, config.batch_size):
-            is_corrupted = rng.random() < corruption
-            response = render_corrupted_demonstration(sample, rng) if is_corrupted else render_demonstration(sample)
+            is_narrow = rng.random() < single_call
+            response = render_single_call(sample, rng) if is_narrow else render_demonstration(sample)
             ids, labels = encode_demonstration(layout.render(sample), response, layout.tokenizer)
             # Drawn anew for each token and batch, so every filler token is trained on now and then.
             if skipped:
