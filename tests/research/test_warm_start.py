@@ -124,18 +124,18 @@ def test_batches_label_only_the_response() -> None:
 
 
 def test_the_recipe_is_deterministic_and_its_folder_loads(tmp_path: Path) -> None:
-    config = WarmStartConfig(hidden=64, layers=1, recall_steps=2, clean_steps=2, noisy_steps=2, batch_size=4)
+    config = WarmStartConfig(hidden=64, layers=1, recall_steps=2, clean_steps=2, narrow_steps=2, batch_size=4)
     said: list[str] = []
     one, two = warm_start(config, tmp_path / "one", said.append), warm_start(config, tmp_path / "two", said.append)
     first, second = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (one, two))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert json.loads((one / RECORD_FILE).read_text())["recipe"]["clean_steps"] == 2
     assert AutoTokenizer.from_pretrained(one).chat_template == TOKENIZER.chat_template
-    assert [line.split(":")[0] for line in said[1:4]] == ["recall", "clean", "noisy"]
+    assert [line.split(":")[0] for line in said[1:4]] == ["recall", "clean", "narrow"]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"clean_steps": -1}, {"hidden": 60}, {"corruption": 1.5}, {"learning_rate": 0.0}, {"layers": 0}]
+    "wrong", [{"clean_steps": -1}, {"hidden": 60}, {"single_call": 1.5}, {"learning_rate": 0.0}, {"layers": 0}]
 )
 def test_wrong_recipes_raise(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
