@@ -42,7 +42,7 @@ from rest_rl.runlog import (
 from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
 from rest_rl.train.engine import AfterStep, StopPoint
 from rest_rl.train.estimate import count_work
-from rest_rl.train.policy import load_policy, new_adapter_config
+from rest_rl.train.policy import load_policy, new_adapter_config, resolve_adapter
 from rest_rl.train.prompts import TrainingData, build_dataset, build_prompt_dataset, make_rejection_error
 from rest_rl.train.record import FlushAtEnd, ResponseRecord, with_response_record
 from rest_rl.train.request import LENGTH_KEYS
@@ -90,12 +90,24 @@ class TrlEngine:
         if checkpoint.is_last and checkpoint.step < self.steps:  # the run is being lengthened
             checkpoint = checkpoint._replace(is_last=False)
         self.checkpoint = checkpoint
+        self._check_reference_model()
         table = replace(self.config.model, dtype=self.config.weights_dtype)
         if checkpoint.is_last:  # killed after its last step: save and evaluate its model
             table = replace(table, path=str(checkpoint.folder))
         with self.observer.track("loading the model"):
             self.model, _ = load_policy(table, self.config.peft)
         return checkpoint
+
+    # TRL loads the reference model of the KL term from the path in the model's configuration. After an adapter has been
+    # merged, that is the base model without it.
+    def _check_reference_model(self) -> None:
+        has_merged_adapter = not self.config.peft and resolve_adapter(self.config.model)[1] is not None
+        if has_merged_adapter and getattr(self.args, "beta", 0.0):
+            raise UserError(
+                f"trl.beta is {self.args.beta}, but {self.config.model.path} is an adapter that is merged for training "
+                "all weights, and the KL term would compare with its base model",
+                remedy="save the merged model and train that, or add [peft]",
+            )
 
     def _check_lengthening(self, recorded: RunConfig, checkpoint: Checkpoint) -> None:
         if any(recorded.trl.get(key) != self.config.trl.get(key) for key in LENGTH_KEYS):
