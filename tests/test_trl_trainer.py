@@ -138,7 +138,7 @@ def test_a_kl_term_is_added_without_weights(tokenizer, tmp_path):
     mask_BT = inputs["completion_mask"]
     without = trainer.compute_loss(trainer.model, dict(inputs)).item()
     reference_BT = logps_BT + 0.3 * torch.randn(logps_BT.shape, generator=torch.Generator().manual_seed(2))
-    trainer.beta = 0.1
+    trainer.beta, trainer.args.use_bias_correction_kl = 0.1, False  # the correction multiplies by the ratio
     loss = trainer.compute_loss(trainer.model, {**inputs, "ref_per_token_logps": reference_BT}).item()
     # exp(d) - d - 1 with d = log(p_ref / p), the mean over each response's tokens, every token with weight 1
     difference_BT = reference_BT - logps_BT
