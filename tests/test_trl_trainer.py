@@ -133,12 +133,12 @@ def test_a_kl_term_is_added_without_weights(tokenizer, tmp_path):
     trainer = rest_trainer(tokenizer, tmp_path, preset="rest")
     trainer.tracker.update(torch.rand(3, NUM_REGIONS, dtype=torch.float64), step=0)
     trainer.current_gradient_accumulation_steps = 1
-    trainer.state.max_steps, trainer.state.global_step = 9, 6  # after the initial steps: the statistics stay as they are
+    trainer.state.max_steps, trainer.state.global_step = 9, 6  # the statistics stay as they are
     inputs, logps_BT = batch_far_from_its_policy(trainer, tokenizer)
     mask_BT = inputs["completion_mask"]
     without = trainer.compute_loss(trainer.model, dict(inputs)).item()
     reference_BT = logps_BT + 0.3 * torch.randn(logps_BT.shape, generator=torch.Generator().manual_seed(2))
-    trainer.beta, trainer.args.use_bias_correction_kl = 0.1, False  # the correction multiplies by the ratio
+    trainer.beta = 0.1
     loss = trainer.compute_loss(trainer.model, {**inputs, "ref_per_token_logps": reference_BT}).item()
     # exp(d) - d - 1 with d = log(p_ref / p), the mean over each response's tokens, every token with weight 1
     difference_BT = reference_BT - logps_BT

@@ -125,6 +125,8 @@ class ResTConfig(GRPOConfig):
     progress_steps: int = field(default=0, metadata=_help("Steps in which progress goes from 0 to 1; 0 for all."))
     loss_type: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
     scale_rewards: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
+    # The KL term of GRPO, of verl and of the published code has no such factor; TRL multiplies it by the ratio.
+    use_bias_correction_kl: bool = field(default=False, metadata=_help("As in `GRPOConfig`; False by default."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
