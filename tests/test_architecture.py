@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "rest_rl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT, MAX_LINES = 700, 60, 17, 27_700
+MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT, MAX_LINES = 700, 60, 17, 27_950
 IMPORTED_IN = {
     "trl": ["train/trl/*.py", "train/sft.py", "train/estimate.py", "train/verl/*.py"],
     "datasets": ["data/reading.py", "train/prompts.py", "train/sft.py", "train/run.py"],
@@ -28,7 +28,7 @@ IMPORTED_IN = {
     "transformers": ["train/*.py", "train/trl/*.py", "evaluate/generate.py"],
     "huggingface_hub": ["data/hub.py", "evaluate/origin.py"],
     "peft": ["train/*.py", "train/verl/model.py"],
-    "accelerate": ["train/*.py"],
+    "accelerate": ["train/*.py", "train/trl/*.py"],
     "safetensors": ["train/checkpoints.py", "train/trl/*.py", "train/verl/*.py"],
     "tokenizers": ["regions.py"],
     "psutil": ["train/estimate.py"],

@@ -34,17 +34,16 @@ def run(tokenizer: Any, folder: Any, limit: int | None, **changes: Any) -> tuple
     kept: list[dict[str, Any]] = []
     args = ResTConfig(**tiny_settings(folder, **changes))
     reward = make_tool_reward(tokenizer, "toolrl", args.method())
-    record = ResponseRecord(lambda step, rows: kept.extend(rows))
+    record = ResponseRecord(lambda step, rows: kept.extend(rows), limit or 0)
     trainer = ResTTrainer(
         tiny_model(tokenizer),
-        reward_funcs=reward
-        if limit is None
-        else with_response_record(reward, tokenizer, FORMATS["toolrl"], limit, record),
+        reward_funcs=reward if limit is None else with_response_record(reward, tokenizer, FORMATS["toolrl"], record),
         args=args,
         train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
     )
-    trainer.on_weighed = None if limit is None else record.add_token_fields
+    if limit is not None:
+        trainer.on_generated, trainer.on_weighed = record.start_batch, record.add_token_fields
     trainer.add_callback(FlushAtEnd(record))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -118,10 +117,15 @@ def weighed(places: list[int], weight: float) -> WeightedBatch:
     return WeightedBatch(torch.tensor(places), regions_BT, numbers_BT, numbers_BT, -numbers_BT, torch.tensor([0.5]))
 
 
+def start_batch(record: ResponseRecord, rows: list[dict[str, Any]]) -> None:
+    record.add_scored([row.copy for row in rows])
+    record.start_batch(torch.arange(len(rows)))
+
+
 def test_rows_wait_for_the_loss_and_none_is_lost():
     kept: list[tuple[int, list[dict[str, Any]]]] = []
-    record = ResponseRecord(lambda step, rows: kept.append((step, list(rows))))
-    record.start_batch([{"step": 1, "ids": [7]}, {"step": 1, "ids": [8, 9]}])
+    record = ResponseRecord(lambda step, rows: kept.append((step, list(rows))), limit=2)
+    start_batch(record, [{"step": 1, "ids": [7]}, {"step": 1, "ids": [8, 9]}, {"step": 1, "ids": [6]}])
     record.add_token_fields(weighed([1], 2.0))
     record.add_token_fields(weighed([1], 3.0))  # a second pass: the first values stay
     record.add_token_fields(weighed([5], 3.0))  # not recorded
@@ -136,8 +140,8 @@ def test_rows_wait_for_the_loss_and_none_is_lost():
     }
     first = {"advantage": 0.5, "regions": [1], "weights": [4.0], "entropies": [4.0], "logps": [-4.0]}
     assert kept == [(1, [{"step": 1, "ids": [7], **first}, {"step": 1, "ids": [8, 9], **second}])]
-    record.start_batch([{"step": 2, "ids": [7]}])
-    record.start_batch([{"step": 3, "ids": [7]}])
+    start_batch(record, [{"step": 2, "ids": [7]}])
+    start_batch(record, [{"step": 3, "ids": [7]}])
     assert kept[1:] == [(2, [{"step": 2, "ids": [7]}])]
 
 

@@ -263,6 +263,7 @@ REFUSALS = {
     "decay": (("rest.entropy_decay=1.5",), "entropy_decay"),
     "unknown key": (("trl.learning_rat=1",), "did you mean learning_rate"),
     "format": (("rest.preset=authors-code", "rest.format=hermes"), "hermes"),
+    "resampling": (("rest.resample_rounds=1",), "resample_rounds is 1"),
     "collision": (("rest.weights.rule=collision", "trl.top_p=0.9"), "collision"),
     "part of a group": (("trl.num_generations=6",), "whole numbers"),
     "few prompts": (("verl.trainer.nnodes=8",), "100 training prompts"),

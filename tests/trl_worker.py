@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
@@ -63,5 +64,34 @@ def run_scripted(path: str, batch_size: str, rule: str) -> None:
     os._exit(0)  # the destructors of gloo's process group sometimes abort or hang
 
 
+def run_resampled(path: str) -> None:
+    """On each process, write the samples of every batch of responses, the history and the final weights."""
+    from tests.test_resample import make_trainer
+
+    trainer = make_trainer(
+        tiny_tokenizer(), Path(path).parent / f"out{os.environ['RANK']}", 12, 40, per_device_train_batch_size=8
+    )
+    ids: list[list[str]] = []
+    calls: list[str] = []
+    plain = trainer.reward_funcs[0]
+
+    def noted(**columns):
+        calls.extend(columns["id"])
+        return plain(**columns)
+
+    def keep(indices_B):
+        ids.append([calls[index] for index in indices_B])
+        calls.clear()
+
+    trainer.reward_funcs[0], trainer.on_generated = noted, keep
+    trainer.train()
+    rank = trainer.accelerator.process_index
+    parameters = copy_parameters(trainer.accelerator.unwrap_model(trainer.model))
+    torch.save({"ids": ids, "history": logged_steps(trainer), "parameters": parameters}, f"{path}{rank}.pt")
+    trainer.accelerator.wait_for_everyone()
+    os._exit(0)  # see `run_scripted`
+
+
 if __name__ == "__main__":
-    {"killed": run_until_killed, "scripted": run_scripted}[sys.argv[1]](*sys.argv[2:])
+    runs = {"killed": run_until_killed, "scripted": run_scripted, "resampled": run_resampled}
+    runs[sys.argv[1]](*sys.argv[2:])

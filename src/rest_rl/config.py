@@ -176,6 +176,8 @@ class RestTable(Table):
     progress_steps: NonNegativeInt = 0
     """Steps over which curriculum progress goes from 0 to 1; 0 for the whole run. If `--resume` extends a run, it sets
     this key, so that progress stays at 1 in the added steps."""
+    resample_rounds: NonNegativeInt = 0
+    """Rounds in which groups with equal rewards are replaced by groups for other prompts (DAPO's dynamic sampling)."""
     region_weights: Mapping[str, float] = field(default_factory=dict)
     """Loss weights of a supervised preset by region, for example `name = 2.0`; 1 for the others."""
 
@@ -183,7 +185,7 @@ class RestTable(Table):
         super().__post_init__()
         # A field that the preset ignores must keep its default, or users would believe that it has an effect.
         rl_fields: dict[str, Any] = {"weights": {}, "reward": {}, "advantage": None, "entropy_decay": ENTROPY_DECAY}
-        rl_fields["progress_steps"] = 0
+        rl_fields |= {"progress_steps": 0, "resample_rounds": 0}
         supervised_fields: dict[str, Any] = {"region_weights": {}}
         for name, default in (rl_fields if self.is_supervised else supervised_fields).items():
             if (value := getattr(self, name)) != default:
@@ -279,7 +281,7 @@ class RunConfig:
             # A supervised preset ignores some fields and rejects any value of them but the default. If a later version
             # changed a default, it would reject the old default in a recorded run, so we record no value.
             method: dict[str, Any] = {"region_weights": self.rest.loss_weights(), "entropy_decay": None}
-            method["progress_steps"] = None
+            method |= {"progress_steps": None, "resample_rounds": None}
         else:
             preset = preset_to_table(self.rest.resolve())
             method = {name: preset[name] for name in ("advantage", "weights", "reward") if name in preset}

@@ -15,6 +15,7 @@ from rest_rl.credit import weight_advantages
 from rest_rl.loss import clipped_surrogate
 from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.reward import make_tool_reward
+from rest_rl.train.trl.resample import NUM_ITEMS, PADDING
 from rest_rl.train.trl.trainer import FROM_PRESET, ResTConfig, ResTTrainer
 from tests.test_trl_trainer import batch_far_from_its_policy
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
@@ -56,6 +57,23 @@ def test_signatures():
     ]  # fmt: skip
     assert callable(GRPOTrainer._compute_loss)
     assert callable(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert list(inspect.signature(GRPOTrainer._calculate_rewards).parameters)[1:] == [
+        "inputs", "prompts", "completions", "completion_ids_list",
+    ]  # fmt: skip
+
+
+IMAGES = ["pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids"]
+IMAGES += ["mm_token_type_ids", "image_position_ids", "num_images", "num_tiles"]
+
+
+def test_a_batch_has_only_entries_that_resampling_can_merge_and_images():
+    tree = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._generate_and_score_completions)))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("output"):
+            keys = node.value.keys if isinstance(node.value, ast.Dict) else [node.targets[0].slice]
+            found |= {key.value for key in keys}
+    assert found - {*IMAGES} == {*PADDING, "advantages", NUM_ITEMS}
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])

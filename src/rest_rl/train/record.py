@@ -1,7 +1,8 @@
 """Record responses for responses.jsonl: text, score, and the values computed in the loss for each token.
 
-A row is created when its response is scored and written when the loss has computed the token values. In between, TRL
-shuffles and splits the batch; the column `RESPONSE_INDEX` carries each response's number in the generation batch along.
+A row is created when its generation batch is complete and written when the loss has computed the token values. In
+between, TRL shuffles and splits the batch; the column `RESPONSE_INDEX` carries each response's number along. With
+resampling, a batch is scored in several calls, and the number counts the responses of all calls.
 
 Shapes: B responses of a micro-batch, T completion tokens.
 """
@@ -51,18 +52,27 @@ class WeightedBatch:
 
 
 class ResponseRecord:
-    """Collects the rows of one generation batch and passes them, with the batch's first step (from 1), to `keep`."""
+    """Collects the first `limit` rows of each generation batch and passes them, with the batch's first step, to `keep`.
 
-    def __init__(self, keep: Callable[[int, Sequence[Row]], None]) -> None:
-        self.keep = keep
-        self._rows: list[Row] = []
+    Steps count from 1.
+    """
+
+    def __init__(self, keep: Callable[[int, Sequence[Row]], None], limit: int) -> None:
+        self.keep, self.limit = keep, limit
+        self._scored: list[Callable[[], Row]] = []
+        self._rows: dict[int, Row] = {}
         self._waiting: set[int] = set()
 
-    def start_batch(self, rows: Iterable[Row]) -> None:
-        """Flush the previous batch if it is incomplete, then start a new one; row i belongs to response number i."""
+    def add_scored(self, makers: Iterable[Callable[[], Row]]) -> None:
+        """Add scored responses of the batch that is being generated, as functions that make their rows."""
+        self._scored += makers
+
+    def start_batch(self, indices_B: Tensor) -> None:
+        """Flush the previous batch if it is incomplete, then start one of the scored responses with these numbers."""
         self.flush()
-        self._rows = list(rows)
-        self._waiting = set(range(len(self._rows)))
+        makers, self._scored = self._scored, []
+        self._rows = {index: makers[index]() for index in indices_B[: self.limit].tolist()}
+        self._waiting = set(self._rows)
 
     def add_token_fields(self, batch: WeightedBatch) -> None:
         """Add the token values of a micro-batch, and flush if all are known. Later passes over a batch are ignored."""
@@ -76,7 +86,7 @@ class ResponseRecord:
 
     def flush(self) -> None:
         """Pass the rows to `keep`, even if some have no token values yet."""
-        rows, self._rows, self._waiting = self._rows, [], set()
+        rows, self._rows, self._waiting = list(self._rows.values()), {}, set()
         if rows:
             self.keep(rows[0]["step"], rows)
 
@@ -95,12 +105,11 @@ def with_response_record(
     reward: Callable[..., list[float]],
     tokenizer: Any,
     tool_format: ToolFormat,
-    limit: int,
     record: ResponseRecord,
     ends: Collection[int] | None = None,
     progress_steps: int = 0,
 ) -> Callable[..., list[float]]:
-    """Wrap a reward function so that it also passes the first `limit` responses of every batch to `record`."""
+    """Wrap a reward function so that it also passes the responses that it scores to `record`."""
     ends = get_stop_ids(tokenizer) if ends is None else ends
 
     @functools.wraps(reward)  # TRL names its metrics after the function
@@ -110,15 +119,16 @@ def with_response_record(
         totals = reward(completion_ids=completion_ids, gold=gold, trainer_state=trainer_state, **columns)
         step, progress = trainer_state.global_step + 1, compute_progress(trainer_state, progress_steps)
         prompts = columns.get("prompts")
-        rows = []
-        for i, ids in enumerate(completion_ids[:limit]):
+
+        def make_row(i: int) -> Row:
             row = {"step": step, "progress": progress, "id": columns["id"][i]}
-            row |= make_response_row(ids, json.loads(gold[i]), totals[i], tokenizer, tool_format, ends)
+            row |= make_response_row(completion_ids[i], json.loads(gold[i]), totals[i], tokenizer, tool_format, ends)
             is_first = i == 0 or columns["id"][i - 1] != row["id"]  # a group shares its prompt
             if is_first and prompts and isinstance(prompts[i], str):
                 row["prompt"] = prompts[i]
-            rows.append(row)
-        record.start_batch(rows)
+            return row
+
+        record.add_scored(functools.partial(make_row, i) for i in range(len(completion_ids)))
         return totals
 
     return recorded

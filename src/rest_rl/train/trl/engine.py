@@ -146,9 +146,10 @@ class TrlEngine:
             "callbacks": [self.recorder],
         }
         if isinstance(self.args, ResTConfig):
-            record = ResponseRecord(self._write_responses)
+            record = ResponseRecord(self._write_responses, self.config.run.recorded_responses)
             reward = self._make_reward(self.args, record)
             self.trainer = ResTTrainer(args=self.args, reward_funcs=reward, train_dataset=self.dataset, **shared)
+            self.trainer.on_generated = record.start_batch
             self.trainer.on_weighed = record.add_token_fields
             self.trainer.add_callback(FlushAtEnd(record))
         else:
@@ -164,8 +165,7 @@ class TrlEngine:
         tool_format, tokenizer = get_format(self.config.rest.format), self.layout.tokenizer
         ends, shares, steps = get_stop_ids(tokenizer, self.model), optimizer_steps_per_batch(args), args.progress_steps
         reward = make_tool_reward(tokenizer, tool_format, args.method(), shares, args.seed, ends, steps)
-        kept = self.config.run.recorded_responses
-        return with_response_record(reward, tokenizer, tool_format, kept, record, ends, steps)
+        return with_response_record(reward, tokenizer, tool_format, record, ends, steps)
 
     def _write_responses(self, step: int, rows: Sequence[Row]) -> None:
         self.log.add_responses(rows)

@@ -27,7 +27,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 from trl.trainer.utils import RepeatSampler
 
 from rest_rl.config import ENTROPY_DECAY, RestTable, rule_to_table
@@ -41,6 +41,7 @@ from rest_rl.rewards import check_reward_rule
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.record import RESPONSE_INDEX, WeightedBatch
 from rest_rl.train.reward import compute_progress, get_stop_ids, make_tool_reward, refuse_non_finite
+from rest_rl.train.trl.resample import ResamplingTrainer, check_resampling, check_resampling_data
 from rest_rl.train.weighing import (
     NUM_SURPRISE_SUMS,
     EntropyTracker,
@@ -86,8 +87,8 @@ class EpochOrder(Sampler[int]):
 FROM_PRESET = "preset"
 
 # TRL's settings for each kind of advantage. For `weighted_token_mean`, the trainer also divides the weights by their
-# mean over the micro-batch. One departure from DAPO: TRL does not resample groups whose rewards are all equal. They
-# have no gradient, but their tokens count in the token mean.
+# mean over the micro-batch. One departure from DAPO: groups whose rewards are all equal are replaced only with
+# `resample_rounds`. They have no gradient, but their tokens count in the token mean.
 TRL_SETTINGS: Mapping[AdvantageKind, Mapping[str, str]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
@@ -123,6 +124,7 @@ class ResTConfig(GRPOConfig):
     advantage: str | None = field(default=None, metadata=_help(f"Replaces the preset's: {', '.join(TRL_SETTINGS)}."))
     entropy_decay: float = field(default=ENTROPY_DECAY, metadata=_help("Decay per step of the region averages."))
     progress_steps: int = field(default=0, metadata=_help("Steps in which progress goes from 0 to 1; 0 for all."))
+    resample_rounds: int = field(default=0, metadata=_help("Rounds that replace groups with equal rewards (DAPO)."))
     loss_type: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
     scale_rewards: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
     # The KL term of GRPO, of verl and of the published code has no such factor; TRL multiplies it by the ratio.
@@ -144,6 +146,7 @@ class ResTConfig(GRPOConfig):
             self._fill_from_preset("epsilon_high", method.epsilon_high, None)
         if method.delta is not None:
             self._fill_from_preset("delta", method.delta, None)
+        check_resampling(self, self.resample_rounds)
 
     def method(self) -> Preset:
         """Return the preset with the fields `weights`, `reward` and `advantage` applied to it."""
@@ -237,7 +240,7 @@ def sampled_mask(batch: Mapping[str, Any]) -> Tensor:
     return mask_BT * batch["tool_mask"] if "tool_mask" in batch else mask_BT
 
 
-class ResTTrainer(GRPOTrainer):
+class ResTTrainer(ResamplingTrainer):
     """`GRPOTrainer` with advantages weighted by region; with weights of 1, the results are bit-identical to TRL's.
 
     Without `reward_funcs`, the trainer uses the preset's rule reward, which reads the dataset's `gold` column
@@ -249,6 +252,7 @@ class ResTTrainer(GRPOTrainer):
     - rest/surprise/<figure>: only in the first step of a generation batch; see `compute_surprise_metrics`
     - rest/format, rest/accuracy, rest/exact_match, rest/call_rate: parts of the rule reward (`ResponseScore`)
     - rest/reward_calls, rest/reward_answers, rest/accuracy_calls, ...: separate means for call and answer turns
+    - rest/resampled, rest/extra_responses: only with `resample_rounds`; see `ResamplingTrainer`
     """
 
     _tag_names = ["trl", "grpo", "rest"]  # noqa: RUF012 - HF's own pattern
@@ -296,6 +300,8 @@ class ResTTrainer(GRPOTrainer):
                 ends,
                 args.progress_steps,
             )
+        if args.resample_rounds:
+            check_resampling_data(train_dataset, args)
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(
             model=model,
@@ -307,6 +313,7 @@ class ResTTrainer(GRPOTrainer):
             **kwargs,
         )
         self.add_callback(EntropyTracker(args.entropy_decay, get_statistics_steps(self._method.weights)))
+        self.on_generated: Callable[[Tensor], None] | None = None
         self.on_weighed: Callable[[WeightedBatch], None] | None = None
         self._microbatch: _MicroBatch | None = None
         self._sums_4R = torch.zeros(4, NUM_REGIONS, dtype=torch.float64)
@@ -334,8 +341,9 @@ class ResTTrainer(GRPOTrainer):
         regions_BT = self._weighter.tag(batch["completion_ids"], mask_BT)
         counts_R = torch.bincount(regions_BT[mask_BT.bool().cpu()], minlength=NUM_REGIONS).double()
         counts_BR = self._sum_over_processes(counts_R).expand(len(regions_BT), -1)
-        added = {RESPONSE_INDEX: torch.arange(len(regions_BT)), REGION_LABELS: regions_BT, REGION_COUNTS: counts_BR}
-        return {**batch, **added}
+        if self.on_generated is not None:
+            self.on_generated(batch[RESPONSE_INDEX])
+        return {**batch, REGION_LABELS: regions_BT, REGION_COUNTS: counts_BR}
 
     # The override. `inputs` is a micro-batch from TRL's buffer, which num_iterations > 1 reads again: it is copied, and
     # only the copy gets the weighted advantages (B, T) in place of (B,). `super()` then computes TRL's own loss, so
@@ -438,11 +446,13 @@ class ResTTrainer(GRPOTrainer):
             self.tracker.update(sums_4R[:3], self.state.global_step)
 
     # The surprise check compares sampler and loss. It is valid only for the policy that sampled, in the first step on a
-    # batch, and only if no response was masked for its length, which depends on the sampled tokens.
+    # batch, and only if no response was masked for its length or replaced because of its reward: both depend on the
+    # sampled tokens.
     @property
     def _is_on_policy(self) -> bool:
-        is_first = not self._training or self.state.global_step % optimizer_steps_per_batch(self.args) == 0
-        return is_first and not cast(ResTConfig, self.args).mask_truncated_completions
+        args = cast(ResTConfig, self.args)
+        is_first = not self._training or self.state.global_step % optimizer_steps_per_batch(args) == 0
+        return is_first and not args.mask_truncated_completions and not args.resample_rounds
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

@@ -201,8 +201,8 @@ def check_allowed_values(values: Mapping[str, Any], fixed: Mapping[str, Any], *,
 
 
 # Refuses settings that verl would not follow: random rewards need the batch, but verl scores each response separately;
-# progress on verl always spans the whole run; Megatron would train all weights despite [peft]; and verl expands the
-# name of the run folder as a file pattern.
+# progress on verl always spans the whole run; verl's own resampling has no limit on rounds; Megatron would train all
+# weights despite [peft]; and verl expands the name of the run folder as a file pattern.
 def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, megatron: bool) -> None:
     if uses_random_rewards(method.reward):
         problem = "rest.reward.random is true, but verl scores each response separately"
@@ -210,6 +210,9 @@ def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, mega
     if config.rest.progress_steps:
         problem = f"rest.progress_steps is {config.rest.progress_steps}, which verl does not support"
         raise UserError(problem, "0, for all steps of the run", "remove it")
+    if config.rest.resample_rounds:
+        problem = f"rest.resample_rounds is {config.rest.resample_rounds}, which only run.engine = 'trl' supports"
+        raise UserError(problem, "0", "remove it; for verl's own dynamic sampling see docs/cluster.md")
     if config.peft and megatron:
         raise UserError("[peft] has no effect with Megatron", remedy=f"remove it and set verl.{MODEL}.lora")
     if pattern := next((sign for sign in ("[", "]", "*", "?", "::") if sign in config.run.out), None):
