@@ -102,9 +102,9 @@ class TrlEngine:
     # merged, that is the base model without it.
     def _check_reference_model(self) -> None:
         has_merged_adapter = not self.config.peft and resolve_adapter(self.config.model)[1] is not None
-        if has_merged_adapter and getattr(self.args, "beta", 0.0):
+        if has_merged_adapter and (beta := getattr(self.args, "beta", 0.0)):
             raise UserError(
-                f"trl.beta is {self.args.beta}, but {self.config.model.path} is an adapter that is merged for training "
+                f"trl.beta is {beta}, but {self.config.model.path} is an adapter that is merged for training "
                 "all weights, and the KL term would compare with its base model",
                 remedy="save the merged model and train that, or add [peft]",
             )
