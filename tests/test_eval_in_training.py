@@ -11,21 +11,26 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rest_rl.cli.app import main
-from rest_rl.config import RunConfig, read_asset
+from rest_rl.config import EvalTable, RunConfig, read_asset
 from rest_rl.data.tool_world import SPLITS, tool_world
-from rest_rl.evaluate.generate import decoding_steps, generate
-from rest_rl.evaluate.held_out import HeldOutPrompt, response_limit, select_interim_prompts
+from rest_rl.evaluate.generate import EntropyMeter, decoding_steps, generate
+from rest_rl.evaluate.held_out import HeldOutPrompt, evaluate_held_out, response_limit, select_interim_prompts
+from rest_rl.formats import get_format
 from rest_rl.report.page import write_report
 from rest_rl.report.plots import draw_evaluations
 from rest_rl.report.tables import RunGroup, evaluation_curve, group_runs
-from rest_rl.runlog import EVALUATIONS, RunLog, read_run
+from rest_rl.runlog import EVALUATIONS, Observer, RunLog, read_run
 from rest_rl.train.checkpoints import find_checkpoint
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
@@ -130,9 +135,11 @@ def test_every_nth_step_has_a_row_and_a_line(
     assert row["step"] == 4
     assert row.keys() >= {"exact_match", "exact_match_error", "s_acc", "s_format", "n", "kinds", "splits", "greedy"}
     assert (row["n"], row["greedy"]["n"], row["splits"]["held out"]["n"]) == (5, 5, 5)
+    assert (row["low_temperature"]["n"], row["low_temperature"]["temperature"]) == (5, 0.2)
+    assert row["policy_entropy"] > 0
     shown = " ".join(capsys.readouterr().out.split())
     number = r"\d+\.\d ± \d+\.\d %"
-    assert re.search(rf"step 4: exact match {number} sampled, {number} greedy \(5 held-out prompts\)", shown)
+    assert re.search(rf"step 4: exact match {number} greedy, {number} sampled at T = 1 \(5 held-out prompts\)", shown)
     assert "step 5: exact match" not in shown
 
 
@@ -332,6 +339,61 @@ def test_progress_is_reported_per_token_without_side_effects() -> None:
     assert responses == generate(model, tokenizer, texts, **settings)
     assert told == sorted(told)
     assert (told[0], 7 in told, told[-1]) == (1, True, 57)  # a batch that ends early has done all of its steps
+
+
+def test_the_entropy_is_that_of_the_policy_at_every_token_of_a_response() -> None:
+    tokenizer = tiny_tokenizer()
+    model, texts = tiny_model(tokenizer), ["assistant:", "a a a assistant:", "a assistant:", "<think> a"]
+    meter = EntropyMeter()
+    settings = {"max_new_tokens": [40, 3, 40, 7], "batch_size": 3, "seed": 1}
+    responses = generate(model, tokenizer, texts, **settings, meter=meter)
+    assert len({len(response) for response in responses}) > 2  # rows of a batch end at different steps
+    found = []
+    for text, response in zip(texts, responses, strict=True):
+        prompt = tokenizer(text)["input_ids"]
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        probs_TV = logits_TV.double().softmax(-1)
+        found += (-(probs_TV * probs_TV.log()).sum(-1)).tolist()
+    assert meter.mean == pytest.approx(sum(found) / len(found), rel=1e-5)
+    assert responses == generate(model, tokenizer, texts, **settings)
+
+
+def evaluate_tiny(**changes: float) -> tuple[dict[str, Any], list[tuple[int, str]]]:
+    tokenizer = tiny_tokenizer()
+    prompts = [HeldOutPrompt("assistant:", sample, "held out", 20 + 5 * i) for i, sample in enumerate(tiny_samples(6))]
+    seen = Steps()
+    table = EvalTable(**{"batch_size": 4, **changes})
+    layout_format = get_format("toolrl")
+    return evaluate_held_out(tiny_model(tokenizer), tokenizer, prompts, layout_format, table, seen), seen.marks
+
+
+class Steps(Observer):
+    """Records the progress of an evaluation as (done of total, note)."""
+
+    def __init__(self) -> None:
+        self.total: int | None = None
+        self.marks: list[tuple[int, str]] = []
+
+    @contextmanager
+    def track(self, what: str, total: int | None, done: int = 0) -> Iterator[Any]:
+        self.total = total
+        yield lambda done, note="": self.marks.append((done, note))
+        self.marks.append((total or 0, "total"))
+
+
+def test_the_low_temperature_adds_a_pass_and_changes_no_other_score() -> None:
+    (whole, steps), (without, fewer) = evaluate_tiny(), evaluate_tiny(low_temperature=0.0)
+    low = whole.pop("low_temperature")
+    assert whole == without
+    assert low["temperature"] == 0.2
+    assert low.keys() - {"temperature"} == whole["greedy"].keys()
+    # batches of limits 20-35 and 40-45: 35 + 45 steps for each pass
+    assert steps[-2:] == [(240, "low temperature"), (240, "total")]
+    assert fewer[-2:] == [(160, "greedy"), (160, "total")]
+    # almost at temperature 0 sampling is greedy
+    cold = evaluate_tiny(low_temperature=1e-4)[0]
+    assert {**cold["greedy"], "temperature": 1e-4} == cold["low_temperature"]
 
 
 def test_the_response_limit_follows_the_golds() -> None:

@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_the_page_of_one_run_is_in_its_folder(tmp_path: Path) -> None:
         assert (page.parent / picture).read_bytes().startswith(b"\x89PNG")
         assert (page.parent / picture).stat().st_size < 150_000
     # 0.25 -> 0.5 with errors 0.03 and 0.04: +25 points, sqrt(3^2 + 4^2) = 5
-    assert "| sampled, T = 1 | 100 | 25.0 → 50.0 | +25.0 ± 5.0 | 50.0 → 50.0 | 100.0 → 100.0 |" in text
+    assert "| greedy | 100 | 25.0 → 50.0 | +25.0 ± 5.0 | 50.0 → 50.0 | 100.0 → 100.0 |" in text
 
 
 def test_a_grid_folder_in_place_of_its_runs_is_explained(tmp_path: Path) -> None:
@@ -97,6 +98,25 @@ def test_missing_numbers_are_left_out(tmp_path: Path) -> None:
 def test_unfinished_runs_have_dashes() -> None:
     rows = before_after_rows({"before": {"exact_match": 0.25, "s_acc": 0.5, "s_format": 1.0, "n": 4}})
     assert rows[0] == ("sampled, T = 1", "4", "25.0 → –", "–", "50.0 → –", "100.0 → –")
+
+
+def test_greedy_scores_come_first_and_entropy_is_next_to_temperature_one() -> None:
+    def evaluation(exact: float, entropy: float) -> dict[str, Any]:
+        scores = {"exact_match": exact, "exact_match_error": 0.0, "s_acc": 1.0, "s_format": 1.0, "n": 8}
+        one, two = ({**scores, "exact_match": exact + shift} for shift in (0.25, 0.125))
+        kinds = {"kinds": {"single": scores, "parallel": scores}}
+        return {**scores, **kinds, "greedy": {**one, **kinds}, "low_temperature": {**two, "temperature": 0.3},
+                "policy_entropy": entropy}  # fmt: skip
+
+    rows = before_after_rows({"before": evaluation(0.25, 0.5), "after": evaluation(0.5, 0.125)})
+    assert [row[:4] for row in rows] == [
+        ("greedy", "8", "50.0 → 75.0", "+25.0 ± 0.0"),
+        ("  single", "8", "25.0 → 50.0", "+25.0 ± 0.0"),
+        ("  parallel", "8", "25.0 → 50.0", "+25.0 ± 0.0"),
+        ("sampled, T = 1", "8", "25.0 → 50.0", "+25.0 ± 0.0"),
+        ("  policy entropy, nats", "", "0.500 → 0.125", "-0.375"),
+        ("sampled, T = 0.3", "8", "37.5 → 62.5", "+25.0 ± 0.0"),
+    ]
 
 
 def test_mean_spread_and_smoothing_by_hand() -> None:

@@ -227,14 +227,14 @@ def test_the_table_has_call_turns_first_and_a_single_kind_once() -> None:
     rows = before_after_rows({"before": told_apart(0.2, 0.8), "after": told_apart(0.4, 1.0)})
     names, figures = [row[0] for row in rows], [row[2] for row in rows]
     turns = ["  answers", "  all turns"]
-    assert names == ["sampled, calls", *turns, "greedy, calls", *turns]
+    assert names == ["greedy, calls", *turns, "T = 1, calls", *turns]
     assert figures == ["20.0 → 40.0", "80.0 → 100.0", "50.0 → 70.0"] * 2
     several = before_after_rows({"before": told_apart(0.2, 0.8, ("one", "two"))})
     assert [row[0] for row in several][3:5] == ["  one", "  two"]
     # Old runs have no turns, nor has one side of a run resumed from them: call turns are never compared with all turns.
     old = {**means_of(0.5, 20), "greedy": means_of(0.6, 20)}
     for summary in ({"before": old, "after": old}, {"before": old, "after": told_apart(0.4, 1.0)}):
-        assert [row[0] for row in before_after_rows(summary)] == ["sampled, T = 1", "greedy"]
+        assert [row[0] for row in before_after_rows(summary)] == ["greedy", "sampled, T = 1"]
     only_calls = {**means_of(0.5), "calls": means_of(0.5), "answers": {"n": 0}}
     assert headline_turn([only_calls]) is None
     assert headline_turn([only_calls, told_apart(0.4, 1.0), None]) == "calls"

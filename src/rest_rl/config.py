@@ -139,12 +139,14 @@ class DataTable(Table):
 
 @dataclass(frozen=True)
 class EvalTable(Table):
-    """`[eval]`: evaluation before, during and after training, with greedy responses and responses at temperature 1."""
+    """`[eval]`: evaluation before, during and after training, with greedy responses and at two temperatures."""
 
     prompts: NonNegativeInt = 256
     """Held-out prompts per split; 0 turns evaluation off."""
     samples_per_prompt: PositiveInt = 1
-    """Sampled responses per prompt."""
+    """Responses per prompt, sampled at temperature 1."""
+    low_temperature: Decay = 0.2
+    """Temperature at which each prompt is sampled once more, below 1; 0 for no such responses."""
     batch_size: PositiveInt = 128
     max_new_tokens: NonNegativeInt = 0
     """Maximum response length in tokens; 0 derives it from the longest gold response, up to the limit in training."""

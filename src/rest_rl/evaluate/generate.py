@@ -1,17 +1,26 @@
-"""Generate responses in left-padded batches, sampled at temperature 1 or greedy; preserve the global random state."""
+"""Generate responses in left-padded batches, sampled or greedy; preserve the global random state."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from torch import Tensor
+from torch.distributions import Categorical
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 NO_PENALTIES: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0}
 """Qwen2.5's generation_config.json sets a repetition penalty of 1.05, which also applies to greedy decoding."""
-NO_FILTERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+NO_FILTERS = {"top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
 # Batching: prompts are sorted by length (in characters, a cheap proxy for tokens), so that a batch needs little padding
@@ -25,15 +34,17 @@ def generate(
     max_new_tokens: int | Sequence[int],
     batch_size: int,
     greedy: bool = False,
+    temperature: float = 1.0,
     seed: int = 0,
     on_token: Callable[[int], Any] | None = None,
+    meter: EntropyMeter | None = None,
 ) -> list[list[int]]:
     """Generate one response per prompt and return its token ids, in the order of the prompts.
 
-    Responses include the end-of-sequence token but no padding. Sampling uses the full distribution at temperature 1 and
+    Responses include the end-of-sequence token but no padding. Sampling uses the full distribution at `temperature` and
     ignores the model's generation config. The global random state and the model's training mode are restored.
     `max_new_tokens` is a limit for all prompts, or a list with a limit per prompt. After each decoding step `on_token`
-    is called with the number of steps so far, out of `decoding_steps`.
+    is called with the number of steps so far, out of `decoding_steps`. `meter` measures the policy entropy.
     """
     responses: list[list[int]] = [[] for _ in prompts]
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -41,9 +52,11 @@ def generate(
     with evaluation_mode(model, seed):
         for batch in batch_by_length(prompts, batch_size):
             batch_limits = [limits[i] for i in batch]
-            settings = generation_settings(model, tokenizer, max(batch_limits), greedy=greedy)
+            settings = generation_settings(
+                model, tokenizer, max(batch_limits), temperature=None if greedy else temperature
+            )
             texts, progress = [prompts[i] for i in batch], TokenProgress(on_token, done) if on_token else None
-            ids = generate_batch(model, tokenizer, texts, settings, batch_limits, progress)
+            ids = generate_batch(model, tokenizer, texts, settings, batch_limits, progress, meter)
             done += max(batch_limits)
             if on_token:
                 on_token(done)
@@ -62,12 +75,16 @@ def decoding_steps(prompts: Sequence[str], limits: Sequence[int], batch_size: in
     return sum(max(limits[i] for i in batch) for batch in batch_by_length(prompts, batch_size))
 
 
-def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, *, greedy: bool) -> GenerationConfig:
+def generation_settings(
+    model: Any, tokenizer: Any, max_new_tokens: int, *, temperature: float | None
+) -> GenerationConfig:
     # set every filter explicitly: `model.generate` fills missing values from the model's generation config
     ends = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     settings = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": pad, **NO_PENALTIES}
-    return GenerationConfig(do_sample=not greedy, **settings, **({} if greedy else NO_FILTERS))
+    if temperature is None:
+        return GenerationConfig(do_sample=False, **settings)
+    return GenerationConfig(do_sample=True, temperature=temperature, **settings, **NO_FILTERS)
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -82,6 +99,34 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
 def has_ended(ids: Sequence[int], ends: Collection[int]) -> bool:
     """Return whether a response ends with one of the token ids in `ends`; always true if `ends` is empty."""
     return not ends or (bool(ids) and ids[-1] in ends)
+
+
+class EntropyMeter(LogitsProcessor):
+    """Measures the mean entropy of the policy over the tokens of all responses, in nats at temperature 1.
+
+    It reads the logits of every decoding step and leaves them unchanged.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []
+        self._total, self._tokens = 0.0, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        self._steps.append(Categorical(logits=scores.float(), validate_args=False).entropy())
+        return scores
+
+    # Generation continues until the last row ends. The steps of a row after its end belong to no token of its response.
+    def finish_batch(self, lengths: Sequence[int]) -> None:
+        """Count the entropies of a batch whose responses have these lengths."""
+        entropies_BT = torch.stack(self._steps, dim=1).double().cpu()
+        self._total += sum(float(row[:length].sum()) for row, length in zip(entropies_BT, lengths, strict=True))
+        self._tokens += sum(lengths)
+        self._steps.clear()
+
+    @property
+    def mean(self) -> float:
+        """The mean over all tokens so far; NaN without tokens."""
+        return self._total / self._tokens if self._tokens else math.nan
 
 
 class PerRowLimit(StoppingCriteria):
@@ -113,6 +158,7 @@ def generate_batch(
     settings: GenerationConfig,
     limits: Sequence[int],
     progress: TokenProgress | None = None,
+    meter: EntropyMeter | None = None,
 ) -> list[list[int]]:
     """Generate one response per prompt, all in one batch; return the token ids of each, cut at its limit."""
     rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
@@ -127,11 +173,15 @@ def generate_batch(
         attention_mask=mask.to(model.device),
         generation_config=settings,
         stopping_criteria=stops,
+        logits_processor=LogitsProcessorList([meter] if meter else []),
     )
     # a row that stopped at its limit continues as padding, or as text if the model has no end-of-sequence token
     ends = set(settings.eos_token_id or [])
     rows = (row[:limit].tolist() for row, limit in zip(output[:, width:], limits, strict=True))
-    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row)) + 1] for row in rows]
+    responses = [row[: next((i for i, token in enumerate(row) if token in ends), len(row)) + 1] for row in rows]
+    if meter:
+        meter.finish_batch([len(response) for response in responses])
+    return responses
 
 
 @contextmanager

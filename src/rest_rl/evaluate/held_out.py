@@ -1,7 +1,9 @@
-"""Score held-out prompts by exact match and ResT's rewards S_acc and S_format, with sampled and greedy responses.
+"""Score held-out prompts by exact match and ResT's rewards S_acc and S_format, and measure the policy entropy.
 
-Sampling uses temperature 1. Scores are reported in total, per kind of sample, per split of the held-out set, and for
-call turns and answer turns, each with its number of responses `n` and the standard error of exact match over prompts.
+Responses are greedy, sampled at temperature 1, and sampled at a low temperature: training that only sharpens the policy
+raises scores at temperature 1 to what the low temperature gives before training. Scores are reported in total, per kind
+of sample, per split of the held-out set, and for call turns and answer turns, each with its number of responses `n` and
+the standard error of exact match over prompts.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rest_rl.config import EvalTable, RunConfig
 from rest_rl.data.samples import ToolSample
-from rest_rl.evaluate.generate import decoding_steps, eos_token_ids, generate, has_ended
+from rest_rl.evaluate.generate import EntropyMeter, decoding_steps, eos_token_ids, generate, has_ended
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import decode_ids
 from rest_rl.rewards import judge
@@ -41,24 +43,35 @@ def evaluate_held_out(
     config: EvalTable,
     observer: Observer = SILENT,
 ) -> dict[str, Any]:
-    """Return the scores (total, by turn, kind and split) of sampled and, under `greedy`, of greedy responses."""
+    """Return the scores (total, by turn, kind and split) of responses sampled at temperature 1.
+
+    The scores of greedy responses are under `greedy`. Those at `eval.low_temperature` are under `low_temperature`,
+    together with the `temperature`; the key is missing if it is 0. `policy_entropy` is the mean over the tokens of the
+    responses at temperature 1, in nats.
+    """
     texts, limits = [prompt.text for prompt in prompts], [prompt.limit for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": limits, "batch_size": config.batch_size}
-    steps = decoding_steps(texts, limits, config.batch_size)
-    passes = [("sampled", {"seed": config.seed + draw}) for draw in range(config.samples_per_prompt)] + [("greedy", {})]
+    steps, low, meter = decoding_steps(texts, limits, config.batch_size), config.low_temperature, EntropyMeter()
+    passes: list[tuple[str, dict[str, Any]]] = [
+        ("sampled", {"seed": config.seed + draw, "meter": meter}) for draw in range(config.samples_per_prompt)
+    ]
+    passes.append(("greedy", {"greedy": True}))
+    passes += [("low temperature", {"seed": config.seed, "temperature": low})] if low else []
     ends = eos_token_ids(model, tokenizer)
-    outcomes: dict[str, list[Outcome]] = {"sampled": [], "greedy": []}
+    outcomes: dict[str, list[Outcome]] = {}
     what = f"evaluating {len(prompts)} held-out prompts, decoding steps"
     with observer.track(what, steps * len(passes)) as advance:
-        for number, (kind, seed) in enumerate(passes):
+        for number, (kind, own) in enumerate(passes):
             ids = generate(
                 *(model, tokenizer, texts),
-                **(settings | seed),
-                greedy=kind == "greedy",
+                **(settings | own),
                 on_token=lambda done, kind=kind, before=number * steps: advance(before + done, note=kind),
             )
-            outcomes[kind] += score_responses(ids, prompts, tokenizer, tool_format, ends)
-    return {**summarize(outcomes["sampled"]), "greedy": summarize(outcomes["greedy"])}
+            outcomes.setdefault(kind, []).extend(score_responses(ids, prompts, tokenizer, tool_format, ends))
+    scores = {**summarize(outcomes["sampled"]), "greedy": summarize(outcomes["greedy"]), "policy_entropy": meter.mean}
+    if low:
+        scores["low_temperature"] = {**summarize(outcomes["low temperature"]), "temperature": low}
+    return scores
 
 
 def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> int:

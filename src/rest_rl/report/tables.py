@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
@@ -17,7 +17,7 @@ from rest_rl.runlog import Row, Run
 SCORES = ("exact_match", "s_acc", "s_format")
 SEED_KEYS = ("run.seed", "run.out", "trl.seed", "trl.data_seed", "data.seed", "eval.seed")
 """Keys in which the runs of one group may differ."""
-MONITORING_KEYS = ("eval.every", "eval.interim_prompts")
+MONITORING_KEYS = ("eval.every", "eval.interim_prompts", "eval.low_temperature")
 """Keys that only observe a run. They change no result, so runs that differ only in them count as the same."""
 
 
@@ -140,9 +140,15 @@ def headline_turn(evaluations: Iterable[Mapping[str, Any] | None]) -> Turn | Non
 
 
 def scores_for_turn(scores: Mapping[str, Any] | None, turn: Turn | None) -> Mapping[str, Any]:
-    """Return the scores over one kind of turn, or over all if `turn` is None; the greedy ones are under `greedy`."""
+    """Return the scores over one kind of turn, or over all if `turn` is None.
+
+    The greedy scores and those at a low temperature stay under `greedy` and `low_temperature`.
+    """
     scores = scores or {}
-    return scores if turn is None else {**(scores.get(turn) or {}), "greedy": (scores.get("greedy") or {}).get(turn)}
+    if turn is None:
+        return scores
+    others = {key: (scores.get(key) or {}).get(turn) for key in ("greedy", "low_temperature")}
+    return {**(scores.get(turn) or {}), **others}
 
 
 def headline_turn_of_runs(runs: Iterable[Run]) -> Turn | None:
@@ -196,14 +202,17 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+SAMPLED = "sampled, T = 1"
 BEFORE_AFTER_HEADER = ("percent", "n", "exact match", "gain", "S_acc", "S_format")
 
 
 def before_after_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the rows of the table of scores before and after training, in percent, sampled and greedy.
+    """Return the rows of the table of scores before and after training, in percent.
 
-    Scores over call turns come first, then answer turns and all turns, if the evaluations separate them. Sampled scores
-    also have a row for each kind of task and each split if there are several.
+    Greedy scores come first, then those at temperature 1 with the policy entropy in nats, then those at a low
+    temperature; kinds of responses that neither evaluation has are left out. In each, call turns come first, then
+    answer turns and all turns, if the evaluations separate them. The first also have a row for each kind of task and
+    each split if there are several.
     """
     pair = [summary.get(when) or {} for when in ("before", "after")]
     turn = headline_turn(pair)
@@ -211,17 +220,41 @@ def before_after_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     def rows_of(name: str, pair: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         if turn is None:
             return [before_after_row(name, *pair)]
-        names = {"calls": f"{name.partition(',')[0]}, calls", "answers": "  answers"}
+        names = {"calls": f"{name.removeprefix('sampled, ')}, calls", "answers": "  answers"}
         apart = [before_after_row(names[each], *(scores.get(each) for scores in pair)) for each in TURNS]
         return [*apart, before_after_row("  all turns", *pair)]
 
-    rows = rows_of("sampled, T = 1", pair)
+    rows: list[tuple[str, ...]] = []
+    for name, scores in decodings(pair).items():
+        is_first = not rows
+        rows += rows_of(name, scores)
+        rows += breakdown_rows(scores) if is_first else []
+        rows += entropy_rows(pair) if name == SAMPLED else []
+    return rows
+
+
+def decodings(pair: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    # The scores of two evaluations by the way in which the responses were generated, without ways that neither has.
+    greedy, low = ([scores.get(key) or {} for scores in pair] for key in ("greedy", "low_temperature"))
+    temperature = next((scores["temperature"] for scores in low if "temperature" in scores), 0.0)
+    found = {"greedy": greedy, SAMPLED: list(pair), f"sampled, T = {temperature:g}": low}
+    return {name: scores for name, scores in found.items() if any("n" in own or "exact_match" in own for own in scores)}
+
+
+def breakdown_rows(pair: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     for group in ("kinds", "splits"):
         parts = [scores.get(group) or {} for scores in pair]
         names = list(dict.fromkeys(name for part in parts for name in part))
         for name in names if len(names) > 1 else ():  # a single name would repeat the row above
-            rows.append(before_after_row(f"  {name.replace('_', ' ')}", *(part.get(name) for part in parts)))
-    return rows + rows_of("greedy", [scores.get("greedy") or {} for scores in pair])
+            yield before_after_row(f"  {name.replace('_', ' ')}", *(part.get(name) for part in parts))
+
+
+def entropy_rows(pair: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    before, after = (value if is_number(value := scores.get("policy_entropy")) else None for scores in pair)
+    if before is None and after is None:
+        return []
+    gain = "–" if before is None or after is None else f"{after - before:+.3f}"
+    return [("  policy entropy, nats", "", format_change(before, after), gain, "", "")]
 
 
 def before_after_row(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -341,12 +341,12 @@ class HeldOutEvaluator:
         return row
 
 
-# Sampled and greedy exact match with their standard errors: for call turns, then for answer turns, or for all turns.
+# Greedy and sampled exact match with their standard errors: for call turns, then for answer turns, or for all turns.
 def format_scores(scores: Mapping[str, Any]) -> Iterator[str]:
     turns: Sequence[Turn | None] = tuple(TURNS) if headline_turn([scores]) else (None,)
     for turn in turns:
         own = scores_for_turn(scores, turn)
-        parts = ((own, "sampled"), (own["greedy"], "greedy"))
+        parts = ((own["greedy"], "greedy"), (own, "sampled at T = 1"))
         shown = (f"{100 * s['exact_match']:.1f} ± {100 * s['exact_match_error']:.1f} % {name}" for s, name in parts)
         yield f"{', '.join(shown)} ({own['greedy']['n']} held-out {TURNS[turn] if turn else 'prompts'})"
 

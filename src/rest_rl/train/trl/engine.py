@@ -186,7 +186,7 @@ class TrlEngine:
             return None
         if self.trainer is not None and self.trainer.state.global_step == 0:
             self.observer.say(
-                f"evaluating before training: {len(prompts)} held-out prompts, sampled and greedy, at most "
+                f"evaluating before training: {len(prompts)} held-out prompts, sampled and greedy responses of at most "
                 f"{prompts[0].limit} tokens each (to shorten: --set eval.prompts=N or eval.max_new_tokens=N; "
                 "to skip: --set eval.prompts=0)"
             )
