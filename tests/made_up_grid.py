@@ -55,7 +55,13 @@ def make_run(folder: Path, name: RunName, config: RunConfig, effect: Effect, ste
     scores = {"s_acc": 0.8, "s_format": 1.0, "n": 100, "exact_match_error": 0.01}
     summary = {"steps": steps, "data": {"digest": "abc"}}
     for when, exact in (("before", 0.4), ("after", end)):
-        kinds = {kind: {"exact_match": exact + 0.01 * index} for index, kind in enumerate(KINDS)}
-        summary[when] = {**scores, "exact_match": exact, "kinds": kinds, "greedy": {"exact_match": exact + 0.1}}
+        own = {"sampled": exact, "greedy": exact + 0.1, "low": exact + 0.05}
+        by_way = {
+            way: {**scores, "exact_match": value, "kinds": {kind: {"exact_match": value + 0.01 * index} for index, kind
+                  in enumerate(KINDS)}} for way, value in own.items()
+        }  # fmt: skip
+        low = {**by_way["low"], "temperature": 0.2}
+        summary[when] = {**by_way["sampled"], "greedy": by_way["greedy"], "low_temperature": low}
+        summary[when]["policy_entropy"] = 0.9 - exact
     (place / "summary.json").write_text(json.dumps(summary))
     return place

@@ -53,13 +53,22 @@ def test_metrics_of_a_run_by_hand(tmp_path: Path) -> None:
     for step, exact in ((2, 0.2), (4, 0.4), (8, 0.6)):
         log.add_evaluation({"step": step, "exact_match": exact})
     log.update_summary(
-        before={"exact_match": 0.25}, after={"exact_match": 0.5, "s_acc": None, "greedy": {"exact_match": 1}}
+        before={"exact_match": 0.25},
+        after={
+            "exact_match": 0.5,
+            "s_acc": None,
+            "greedy": {"exact_match": 1},
+            "policy_entropy": 0.125,
+            "low_temperature": {"exact_match": 0.75, "temperature": 0.2},
+        },
     )
     found = compute_metrics(read_run(tmp_path / "run"))
     # mean of five steps 1.6 / 5; the last fifth is the last step; trapezoids 2 * .3 + 4 * .5 over 6 steps
     assert found == {
         "exact": 0.5,
         "exact_greedy": 1.0,
+        "exact_low": 0.75,
+        "policy_entropy": 0.125,
         "train_exact": pytest.approx(0.32),
         "train_s_acc": 0.5,
         "train_exact_end": 0.6,
@@ -68,6 +77,66 @@ def test_metrics_of_a_run_by_hand(tmp_path: Path) -> None:
         "tokens": 30.0,
     }
     assert area_under_curve({3: 0.5}) is None
+    # with both greedy scores the gain is greedy: 1 - .75
+    log.update_summary(before={"exact_match": 0.25, "greedy": {"exact_match": 0.75}})
+    assert compute_metrics(read_run(tmp_path / "run"))["gain"] == 0.25
+
+
+def test_greedy_exact_match_is_primary_and_the_fallback_is_sampled(tmp_path: Path) -> None:
+    make_grid(tmp_path, LEADING, seeds=3)
+    assert compare(tmp_path).primary == "exact_greedy"
+    for place in (tmp_path / "runs").iterdir():
+        summary = json.loads((place / "summary.json").read_text())
+        for when in ("before", "after"):  # as an older version or verl writes it
+            for key in ("greedy", "low_temperature", "policy_entropy"):
+                del summary[when][key]
+        (place / "summary.json").write_text(json.dumps(summary))
+    found = compare(tmp_path)
+    assert found.primary == "exact"
+    text = page_of(found)
+    assert "## Sampled responses" not in text
+    assert text.split("## After training")[1].split("\n")[4].startswith("| percent | seeds | exact match at T = 1 |")
+    assert "nan" not in text.lower()
+
+
+def test_the_sampled_scores_are_next_to_the_entropy_and_the_start(tmp_path: Path) -> None:
+    make_grid(tmp_path, {"grpo": Effect(), "rest": Effect(lead=0.05)}, seeds=1)
+    found = compare(tmp_path)
+    section = page_of(found).split("## Sampled responses and policy entropy")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.split("\n") if line.startswith("|")]
+    # before: .4 at T = 1, .5 greedy, .45 at T = .2 and .9 - .4 nats; one seed has no interval
+    assert rows[2] == ["before training", "50.0", "40.0", "", "45.0", "", "0.500", ""]
+    assert [row[0] for row in rows[3:]] == ["grpo", "rest"]
+    assert [rows[4][column] for column in (3, 5, 7)] == ["+5.0", "+5.0", "-0.050"]
+
+
+def with_entropy_of_accuracy(folder: Path) -> None:
+    """Let the entropy of every run depend on its accuracy alone."""
+    for path in (folder / "runs").glob("*/metrics.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, "entropy": 1 - row["rest/exact_match"]}) + "\n" for row in rows))
+
+
+def test_a_lead_that_is_gone_at_equal_entropy_is_not_confirmed(tmp_path: Path) -> None:
+    make_grid(tmp_path, {"grpo": Effect(noise=0.004), "rest": Effect(0.08, noise=0.004)})
+    found = compare(tmp_path)
+    rest = found.line("rest")
+    assert rest is not None
+    assert rest.at_entropy is not None
+    # both entropies fall alike, to a mean of .2 + .3 * 5 / 120 over the last six steps
+    assert rest.at_entropy.entropy == pytest.approx(0.2125)
+    assert rest.at_entropy.paired.difference.low > 0.06
+    assert "not_at_equal_entropy" not in kinds(found)
+    with_entropy_of_accuracy(tmp_path)
+    found = compare(tmp_path)
+    rest = found.line("rest")
+    assert rest is not None
+    assert rest.at_entropy is not None
+    assert abs(rest.at_entropy.paired.difference.value) < 0.005
+    assert "not_at_equal_entropy" in kinds(found)
+    assert "## At equal policy entropy" in page_of(found)
+    figures = json.loads((tmp_path / "compare.json").read_text())["methods"]["rest"]["at_equal_entropy"]
+    assert figures["paired"]["n"] == 5
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
@@ -203,8 +272,8 @@ def test_methods_with_fewer_seeds_are_named_except_random(tmp_path: Path) -> Non
     ("lead", "kind", "words"),
     [
         (0.0, "no_difference", "`rest` differs by "),
-        (0.1, "above", "(exact match, p ≤ 0.05)"),
-        (-0.1, "below", "(exact match, p ≤ 0.05)"),
+        (0.1, "above", "(greedy exact match, p ≤ 0.05)"),
+        (-0.1, "below", "(greedy exact match, p ≤ 0.05)"),
     ],
 )
 def test_two_methods_are_one_test_without_correction(tmp_path: Path, lead: float, kind: str, words: str) -> None:

@@ -376,7 +376,7 @@ class Steps(Observer):
         self.marks: list[tuple[int, str]] = []
 
     @contextmanager
-    def track(self, what: str, total: int | None, done: int = 0) -> Iterator[Any]:
+    def track(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Any]:
         self.total = total
         yield lambda done, note="": self.marks.append((done, note))
         self.marks.append((total or 0, "total"))

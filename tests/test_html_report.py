@@ -461,14 +461,14 @@ def test_a_line_without_a_value_at_a_step_has_a_dash(tab: Page, tmp_path: Path) 
     tab.problems.clear()
     tab.open(page)
     assert legend_of(tab, title) == ["name 0.500", "answer –", "at the end (–: no value)"]
-    assert legend_of(tab, "Exact match, held out, sampled") == ["rest 25.0 %", "at the end"]
+    assert legend_of(tab, "Exact match, held out, sampled at T = 1") == ["rest 25.0 %", "at the end"]
     label = tab.evaluate("[...document.querySelectorAll('svg')].map((svg) => svg.ariaLabel)")
     assert "Entropy by region, at the end: name 0.500 nats, answer –" in label
     for step, shown in ((11, "answer 0.700"), (12, "answer –")):  # 11 is within a step of 10
         tab.open(page, f"#step={step}")
         assert legend_of(tab, title)[1] == shown
         assert legend_of(tab, title)[2].startswith(f"at step {step}")
-        assert legend_of(tab, "Exact match, held out, sampled")[0] == "rest 25.0 %"
+        assert legend_of(tab, "Exact match, held out, sampled at T = 1")[0] == "rest 25.0 %"
     assert tab.problems == []
 
 

@@ -13,6 +13,8 @@ from scipy.stats import nct, t, ttest_rel
 
 from rest_rl.compare.statistics import (
     MAX_SIGN_DRAWS,
+    accuracy_at,
+    compare_at_equal_entropy,
     compare_paired,
     count_seeds_needed,
     detectable_difference,
@@ -24,6 +26,7 @@ from rest_rl.compare.statistics import (
     steps_ratio,
     steps_to_target,
     t_test,
+    trailing_mean,
 )
 
 NAN = float("nan")
@@ -150,3 +153,35 @@ def test_steps_over_seeds_by_hand() -> None:
     assert (never.reached, never.n) == (1, 2)
     assert math.isnan(never.by_seed.value)
     assert steps_to_target({5: {1: 0.0}}, theirs, best=True) is None
+
+
+def test_the_trailing_mean_uses_no_later_step() -> None:
+    curve = {step: float(step) for step in range(1, 21)}  # 20 steps: windows of 2
+    means = trailing_mean(curve)
+    assert (min(means), means[2], means[20]) == (2, 1.5, 19.5)
+    assert trailing_mean({}) == {}
+    assert trailing_mean({3: 0.5}) == {3: 0.5}
+
+
+def test_accuracies_at_equal_entropy_by_hand() -> None:
+    ours = {
+        0: ({1: 0.5, 2: 0.3, 3: 0.1}, {1: 0.2, 2: 0.4, 3: 0.6}),
+        1: ({1: 0.1, 2: 0.3}, {1: 0.2, 2: 0.9}),
+        2: ({1: 0.1}, {}),
+        3: ({1: 0.1}, {1: 1.0}),
+    }
+    theirs = {
+        0: ({1: 0.5, 2: 0.4, 3: 0.2}, {1: 0.1, 2: 0.3, 3: 0.45}),
+        1: ({1: 0.4, 3: 0.2}, {1: 0.1, 3: 0.3}),
+        2: ({1: 0.1}, {1: 0.5}),
+    }
+    # seed 0: level .2, which ours crosses at step 2.5 and theirs reaches at its end: .5 and .45 (.6 and .45 at the end)
+    # seed 1: level .3, below which ours begins; theirs crosses it at step 2, between steps 1 and 3: .2 and .2
+    # seed 2 lacks a curve, seed 3 the baseline
+    found = compare_at_equal_entropy(ours, theirs)
+    assert found is not None
+    assert found.entropy == pytest.approx(0.25)
+    assert (found.ours, found.theirs) == (pytest.approx(0.35), pytest.approx(0.325))
+    assert (found.paired.n, found.paired.difference.value) == (2, pytest.approx(0.025))
+    assert compare_at_equal_entropy({2: ours[2]}, theirs) is None
+    assert accuracy_at(0.3, {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.3}, {1: 0.0, 4: 0.6}) == pytest.approx(0.2)

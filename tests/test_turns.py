@@ -282,7 +282,7 @@ def tell_apart(folder: Path) -> None:
         summary = json.loads((place / "summary.json").read_text())
         for when in ("before", "after"):
             scores = summary[when]
-            for own in (scores, scores["greedy"]):
+            for own in (scores, scores["greedy"], scores["low_temperature"]):
                 own["calls"] = {"exact_match": own["exact_match"] - 0.2, "n": 80}
                 own["answers"] = {"exact_match": 1.0, "n": 20}
         (place / "summary.json").write_text(json.dumps(summary))
@@ -290,10 +290,10 @@ def tell_apart(folder: Path) -> None:
 
 def test_a_comparison_covers_call_turns_and_never_mixes(tmp_path: Path) -> None:
     grid = make_grid(tmp_path, {"grpo": Effect(), "rest": Effect(0.05)}, seeds=3)
-    assert collect(tmp_path, grid, "grpo").primary == "exact"
+    assert collect(tmp_path, grid, "grpo").primary == "exact_greedy"
     tell_apart(tmp_path)
     report = compare_run.compare(out=tmp_path, only_report=True)
-    assert report.primary == "exact_calls"
+    assert report.primary == "exact_greedy_calls"
     line = report.line("rest")
     assert line is not None
     assert line.metrics["exact_calls"].mean.value == pytest.approx(line.metrics["exact"].mean.value - 0.2)
@@ -310,7 +310,7 @@ def test_a_comparison_covers_call_turns_and_never_mixes(tmp_path: Path) -> None:
             del scores["calls"], scores["answers"]
     place.write_text(json.dumps(summary))
     mixed = compare_run.compare(out=tmp_path, only_report=True)
-    assert mixed.primary == "exact"
+    assert mixed.primary == "exact_greedy"
     assert mixed.page is not None
     assert "## Call turns and answer turns" not in mixed.page.read_text()
 

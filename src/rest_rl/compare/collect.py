@@ -13,20 +13,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from rest_rl.compare.grid import LOGS_FOLDER, METHODS, RUNS_FOLDER, Grid, RunName, is_finished
 from rest_rl.compare.statistics import (
     NAN,
+    AtEqualEntropy,
     Curve,
     Paired,
     StepsToTarget,
     area_under_curve,
+    compare_at_equal_entropy,
     compare_paired,
     detectable_difference,
     mean_interval,
     pooled_sd,
     steps_to_target,
+    trailing_mean,
 )
 from rest_rl.config import parse_recorded_run
 from rest_rl.errors import UserError
@@ -34,6 +35,7 @@ from rest_rl.report.tables import (
     MONITORING_KEYS,
     SEED_KEYS,
     flatten,
+    greedy_if_recorded,
     headline_key,
     headline_turn,
     is_number,
@@ -45,31 +47,39 @@ from rest_rl.response import TURNS, Turn
 from rest_rl.runlog import Run, read_run
 from rest_rl.statistics import Interval, q_values
 
-EXACT, ACCURACY, LENGTH = "rest/exact_match", "rest/accuracy", "completions/mean_length"
+EXACT, ACCURACY, LENGTH, ENTROPY = "rest/exact_match", "rest/accuracy", "completions/mean_length", "entropy"
 RANDOM, PERMUTED, REST = "random", "permuted", "rest"
 # If a run has fewer evaluations during training, the steps to a target are counted on the training samples instead.
 MIN_EVALUATIONS = 4
 
 
 class Metric(NamedTuple):
-    """A metric of finished runs: its label in tables, what it measures, and whether it is a share from 0 to 1."""
+    """A metric of finished runs: its label in tables, what it measures, and whether it is a share from 0 to 1.
+
+    Shares are shown in percent with one decimal, other values with `digits` decimals.
+    """
 
     label: str
     text: str
     is_share: bool = True
+    digits: int = 1
 
 
 ALL_TURN_METRICS: dict[str, Metric] = {
-    "exact": Metric("exact match", "held-out prompts after training, sampled at temperature 1"),
-    "exact_greedy": Metric("greedy", "exact match on the same prompts, greedy"),
-    "s_acc": Metric("S_acc", "held-out prompts after training, sampled"),
+    "exact_greedy": Metric("greedy exact match", "held-out prompts after training, greedy"),
+    "exact": Metric("exact match at T = 1", "held-out prompts after training, sampled at temperature 1"),
+    "exact_low": Metric("exact match at low T", "exact match on the same prompts, sampled at `eval.low_temperature`"),
+    "policy_entropy": Metric(
+        "policy entropy", "mean over the tokens of the responses at temperature 1, in nats", is_share=False, digits=3
+    ),
+    "s_acc": Metric("S_acc", "held-out prompts after training, greedy if recorded, else sampled"),
     "train_exact": Metric("training exact match", "mean over all steps on the training samples (area under the curve)"),
     "train_s_acc": Metric("training S_acc", "mean over all steps on the training samples (area under the curve)"),
     "train_exact_end": Metric(
         "exact match, last fifth", "mean over the last fifth of the steps on the training samples"
     ),
     "slice_exact": Metric("slice", "exact match on the held-out slice during training (area under the curve)"),
-    "gain": Metric("gain", "exact match on held-out prompts, after minus before training, sampled"),
+    "gain": Metric("gain", "exact match as in the first metric, after minus before training"),
     "tokens": Metric("tokens", "mean length of a training response", is_share=False),
 }
 METRICS = {
@@ -86,7 +96,8 @@ DIFFERENCE_METRICS = ("gain", *(f"gain_{turn}" for turn in TURNS))
 """Metrics that are differences of shares and may be negative."""
 # The verdict rests on the first of these metrics that was measured, over call turns if the runs separate them from
 # answer turns. The order was fixed before any grid was trained, so that no result could influence the choice.
-PRIMARY_CANDIDATES = ("exact", "train_exact_end")
+# Greedy first: a score at temperature 1 also rises if the policy only becomes sharper.
+PRIMARY_CANDIDATES = ("exact_greedy", "exact", "train_exact_end")
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,8 @@ class MethodResult:
     metrics: Mapping[str, MetricResult]
     to_final: StepsToTarget | None
     to_best: StepsToTarget | None
+    at_entropy: AtEqualEntropy | None
+    """The comparison with the baseline at equal policy entropy; None for the baseline, or without common curves."""
     over_rest: Paired | None
     """Primary metric minus that of `rest` from the same warm start; None for `rest` itself, or if `rest` has no run."""
     over_permuted: Paired | None
@@ -298,6 +311,7 @@ def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[Fin
 def compute_metrics(run: Run) -> dict[str, float]:
     lengths = list(values_by_step(run.metrics, LENGTH).values())
     found: dict[str, Any] = {"tokens": statistics.fmean(lengths) if lengths else None}
+    found["policy_entropy"] = (run.summary.get("after") or {}).get("policy_entropy")
     for turn in (None, *TURNS):
         found |= {key if turn is None else f"{key}_{turn}": value for key, value in compute_shares(run, turn).items()}
     return {key: float(found[key]) for key in METRICS if is_number(found.get(key))}
@@ -307,45 +321,44 @@ def compute_shares(run: Run, turn: Turn | None) -> dict[str, Any]:
     before, after = (scores_for_turn(run.summary.get(when), turn) for when in ("before", "after"))
     ending = "" if turn is None else f"_{turn}"
     exact, accuracy = (list(values_by_step(run.metrics, key + ending).values()) for key in (EXACT, ACCURACY))
+    first, last = greedy_if_recorded(before, after)
     found = {
-        "exact": after.get("exact_match"),
         "exact_greedy": (after.get("greedy") or {}).get("exact_match"),
-        "s_acc": after.get("s_acc"),
+        "exact": after.get("exact_match"),
+        "exact_low": (after.get("low_temperature") or {}).get("exact_match"),
+        "s_acc": greedy_if_recorded(after)[0].get("s_acc"),
         "train_exact": statistics.fmean(exact) if exact else None,
         "train_s_acc": statistics.fmean(accuracy) if accuracy else None,
         "train_exact_end": statistics.fmean(exact[-max(1, len(exact) // 5) :]) if exact else None,
         "slice_exact": area_under_curve(slice_curve(run, turn)),
     }
-    if is_number(after.get("exact_match")) and is_number(before.get("exact_match")):
-        found["gain"] = after["exact_match"] - before["exact_match"]
+    if is_number(first.get("exact_match")) and is_number(last.get("exact_match")):
+        found["gain"] = last["exact_match"] - first["exact_match"]
     return found
 
 
 def slice_curve(run: Run, turn: Turn | None) -> dict[int, float]:
     """Return exact match on held-out prompts during training, by step; over all turns if `turn` is None."""
-    return values_by_step(
-        [{**scores_for_turn(row, turn), "step": row.get("step")} for row in run.evaluations], "exact_match"
-    )
+    scores = greedy_if_recorded(*(scores_for_turn(row, turn) for row in run.evaluations))
+    steps = (row.get("step") for row in run.evaluations)
+    return values_by_step([{**own, "step": step} for own, step in zip(scores, steps, strict=True)], "exact_match")
 
 
 def step_curves(runs: Sequence[FinishedRun]) -> tuple[dict[RunName, Curve], str]:
     """Return each run's learning curve, used to count steps to a target, and a description of these curves."""
     # Exact match on the held-out slice if every run evaluated it often enough, otherwise on the training samples, which
-    # are new to the policy when they are scored. Their curve is a trailing mean over a tenth of the steps: it uses no
-    # later step, so that no run appears to reach a target before it does.
+    # are new to the policy when they are scored.
     if all(len(run.run.evaluations) >= MIN_EVALUATIONS for run in runs):
         turn = headline_turn(row for run in runs for row in run.run.evaluations)
-        what = f"the held-out slice{f', {TURNS[turn]}' if turn else ''}, sampled"
+        what = f"the held-out slice{f', {TURNS[turn]}' if turn else ''}"
         return {run.name: slice_curve(run.run, turn) for run in runs}, what
     key = headline_key([run.run for run in runs], EXACT)
-    curves: dict[RunName, Curve] = {}
-    for run in runs:
-        raw = values_by_step(run.run.metrics, key)
-        window = max(1, len(raw) // 10)
-        means = np.convolve(list(raw.values()), np.full(window, 1 / window), "valid").tolist() if raw else []
-        curves[run.name] = dict(zip(list(raw)[window - 1 :], means, strict=False))
     what = "the training samples" if key == EXACT else "the call turns of the training samples"
-    return curves, f"{what}, trailing mean over a tenth of the steps"
+    return smoothed_curves(runs, key), f"{what}, trailing mean over a tenth of the steps"
+
+
+def smoothed_curves(runs: Sequence[FinishedRun], key: str) -> dict[RunName, Curve]:
+    return {run.name: trailing_mean(values_by_step(run.run.metrics, key)) for run in runs}
 
 
 def compare_methods(
@@ -372,6 +385,7 @@ def compare_methods(
         ours, theirs = ({run.name.seed: curves[run.name] for run in members} for members in pair)
         return steps_to_target(ours, theirs, best=best)
 
+    at_entropy = compare_all_at_equal_entropy(groups, reference)
     metrics: dict[tuple[str, str], dict[str, MetricResult]] = {group: {} for group in groups}
     for metric, about in METRICS.items():
         tests = {group: test for group in groups if (test := over(group, reference, metric)) and test.n}
@@ -393,11 +407,29 @@ def compare_methods(
             metrics=metrics[group],
             to_final=steps(group, best=False),
             to_best=steps(group, best=True),
+            at_entropy=at_entropy.get(group),
             over_rest=over(group, REST, primary),
             over_permuted=over(group, PERMUTED, primary),
         )
         for group, members in groups.items()
     )
+
+
+def compare_all_at_equal_entropy(
+    groups: Mapping[tuple[str, str], Sequence[FinishedRun]], reference: str
+) -> dict[tuple[str, str], AtEqualEntropy | None]:
+    runs = [run for members in groups.values() for run in members]
+    entropies = smoothed_curves(runs, ENTROPY)
+    accuracies = smoothed_curves(runs, headline_key([run.run for run in runs], EXACT))
+    curves = {
+        group: {run.name.seed: (entropies[run.name], accuracies[run.name]) for run in members}
+        for group, members in groups.items()
+    }
+    return {
+        group: compare_at_equal_entropy(own, curves.get((group[0], reference), {}))
+        for group, own in curves.items()
+        if group[1] != reference
+    }
 
 
 def find_unequal_settings(runs: Sequence[FinishedRun]) -> list[str]:

@@ -23,7 +23,7 @@ from rest_rl.compare.grid import LOGS_FOLDER, RUNS_FOLDER, Grid, RunName, is_fin
 from rest_rl.config import AUTO, RunConfig, read_run_file
 from rest_rl.errors import UserError
 from rest_rl.jsonl import parse_row
-from rest_rl.report.tables import headline_turn, is_number, scores_for_turn
+from rest_rl.report.tables import greedy_if_recorded, headline_turn, is_number, scores_for_turn
 from rest_rl.response import TURNS
 from rest_rl.runlog import (
     CONFIG,
@@ -242,10 +242,13 @@ def format_exact_match(job: Job) -> str:
     summary = read_json_object(job.folder / SUMMARY)
     pair = [summary.get(when) for when in ("before", "after")]
     turn = headline_turn(pair)
-    before, after = (scores_for_turn(scores, turn).get("exact_match") for scores in pair)
+    sampled = [scores_for_turn(scores, turn) for scores in pair]
+    first, last = greedy_if_recorded(*sampled)
+    before, after = first.get("exact_match"), last.get("exact_match")
     if not is_number(before) or not is_number(after):
         return ""
-    return f": exact match {100 * before:.1f} → {100 * after:.1f} %" + (f" on {TURNS[turn]}" if turn else "")
+    what = "exact match" if first is sampled[0] else "greedy exact match"
+    return f": {what} {100 * before:.1f} → {100 * after:.1f} %" + (f" on {TURNS[turn]}" if turn else "")
 
 
 def read_tail(path: Path, since: int = 0) -> str:

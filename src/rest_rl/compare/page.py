@@ -42,20 +42,26 @@ from rest_rl.report.plots import (
 from rest_rl.report.tables import (
     Curve,
     average_curves,
+    greedy_if_recorded,
     headline_key,
     headline_turn,
     is_number,
     markdown_table,
     metric_curve,
+    scores_for_turn,
     values_by_step,
 )
-from rest_rl.response import TURNS
+from rest_rl.response import TURNS, Turn
 from rest_rl.runlog import PLOTS, replace_file, unwritable_folder_error
 
 PAGE_FILE, FIGURES_FILE = "compare.md", "compare.json"
-FINAL_METRICS = ("exact", "exact_greedy", "s_acc")
+FINAL_METRICS = ("exact_greedy", "s_acc")
+SAMPLED_METRICS = ("exact", "exact_low", "policy_entropy")
 TRAINING_METRICS = ("train_exact", "train_exact_end", "train_s_acc", "slice_exact")
-RUN_METRICS = ("exact", "gain", "exact_greedy", "s_acc", "train_exact", "train_exact_end", "train_s_acc", "tokens")
+RUN_METRICS = (
+    *("exact_greedy", "gain", "exact", "exact_low", "policy_entropy", "s_acc"),
+    *("train_exact", "train_exact_end", "train_s_acc", "tokens"),
+)
 ROLE_COLORS: Mapping[str, str] = {
     "method": SERIES_COLORS[0],
     "ablation": SERIES_COLORS[4],
@@ -115,7 +121,10 @@ def build_method_figures(line: MethodResult) -> dict[str, Any]:
         test = {} if result.paired is None else to_plain(result.paired)
         metrics[key] = {"mean": to_plain(result.mean), "by_seed": result.by_seed, "q": result.q, **test}
     steps = {"to_final": to_plain(line.to_final), "to_best": to_plain(line.to_best)}
-    return {"role": line.role, "seeds": line.seeds, "figures": metrics, "steps": steps}
+    at_entropy = to_plain(line.at_entropy)
+    return {
+        "role": line.role, "seeds": line.seeds, "figures": metrics, "at_equal_entropy": at_entropy, "steps": steps
+    }  # fmt: skip
 
 
 def to_plain(value: Any) -> Any:
@@ -141,11 +150,13 @@ def render_page(report: ComparisonReport, plots: Mapping[str, Path]) -> str:
         picture("Differences"),
         render_final_scores(report),
         render_seed_pairs(report),
+        render_sampled_scores(report),
+        render_equal_entropy(report),
         render_turn_scores(report),
         render_training_scores(report),
         picture("Learning", f"Exact match on the training samples; `{report.reference}` is grey, bands are ± "
                 "one standard deviation over seeds."),
-        picture("Held-out slice", "Sampled exact match on the held-out slice."),
+        picture("Held-out slice", "Exact match on the held-out slice."),
         render_steps_to_target(report),
         dynamics and f"## Entropy and gradient norm\n\n{dynamics}",
         render_ablations(report),
@@ -174,7 +185,7 @@ def available_metrics(report: ComparisonReport, keys: Sequence[str]) -> list[str
 
 def render_final_scores(report: ComparisonReport) -> str:
     # Tests are shown for the first metric only; the other metrics get no test.
-    keys = available_metrics(report, FINAL_METRICS)
+    keys = available_metrics(report, FINAL_METRICS if has_greedy(report) else ("exact", "s_acc"))
     if not keys:
         return ""
     minus = f"– {report.reference}"
@@ -193,6 +204,60 @@ def render_final_scores(report: ComparisonReport) -> str:
     rows += [(label, 0, *["–"] * (len(header) - 2)) for label in report.absent]
     note = f"Held-out prompts: means over seeds and differences to `{report.reference}` in points, [95 % interval]."
     return render_section("After training", note, header, rows)
+
+
+def has_greedy(report: ComparisonReport) -> bool:
+    return bool(available_metrics(report, ("exact_greedy",)))
+
+
+def render_sampled_scores(report: ComparisonReport) -> str:
+    keys = available_metrics(report, SAMPLED_METRICS) if has_greedy(report) else []
+    greedy = report.headline("exact_greedy")
+    header = ["percent", METRICS[greedy].label]
+    for key in keys:
+        header += [METRICS[key].label, f"– {report.reference}"]
+    rows: list[Row] = []
+    for start in report.starts if keys else ():
+        own = [line for line in report.lines if line.start == start]
+        cells = [cell for key in keys for cell in (format_before(own, key), "")]
+        rows.append((f"before training{start and f', {start}'}", format_before(own, greedy), *cells))
+        for line in own:
+            cells = [cell for key in keys for cell in (format_score(line, key), format_difference(line, key))]
+            rows.append((line.label, format_score(line, greedy), *cells))
+    note = (
+        "The same prompts, sampled, with the policy entropy in nats. The first row shows the model before training: a "
+        "method that reaches at T = 1 only what the low temperature gives before training has become sharper and may "
+        "have learned nothing."
+    )
+    return render_section("Sampled responses and policy entropy", note, header, rows)
+
+
+def format_before(lines: Iterable[MethodResult], key: str) -> str:
+    # The mean over the runs' evaluations before training.
+    turn: Turn | None = "calls" if key.endswith("_calls") else None
+    evaluations = [scores for line in lines for scores in select_evaluations(line, "before")]
+    if key == "policy_entropy":
+        values = [scores[key] for scores in evaluations if is_number(scores.get(key))]
+        return f"{statistics.fmean(values):.{METRICS[key].digits}f}" if values else "–"
+    parts = {"exact_greedy": "greedy", "exact_low": "low_temperature"}
+    part, own = parts.get(key.removesuffix("_calls")), [scores_for_turn(scores, turn) for scores in evaluations]
+    return format_mean(((scores.get(part) or {}) if part else scores).get("exact_match") for scores in own)
+
+
+def render_equal_entropy(report: ComparisonReport) -> str:
+    rows: list[Row] = []
+    for line in report.rivals():
+        if (found := line.at_entropy) is not None:
+            scores = (f"{100 * found.ours:.1f}", f"{100 * found.theirs:.1f}", format_points(found.paired.difference))
+            rows.append((line.label, found.paired.n, f"{found.entropy:.3f}", *scores, format_p(found.paired.p_t)))
+    name = report.reference
+    header = ("percent", "seeds", "entropy (nats)", "exact match", name, f"– {name}", "p (t)")
+    note = (
+        f"Exact match on the training samples where the policy entropy of a method and of `{name}` is equal: at the "
+        "larger of their two final entropies, seed by seed. Sharpening alone gives no difference here. Both curves are "
+        "trailing means over a tenth of the steps."
+    )
+    return render_section("At equal policy entropy", note, header, rows)
 
 
 def render_seed_pairs(report: ComparisonReport) -> str:
@@ -225,7 +290,8 @@ def render_training_scores(report: ComparisonReport) -> str:
 
 
 def render_turn_scores(report: ComparisonReport) -> str:
-    bases = [base for base in (*FINAL_METRICS, *TRAINING_METRICS) if report.headline(base) != base]
+    all_bases = ("exact_greedy", "exact", "s_acc", *TRAINING_METRICS)
+    bases = [base for base in all_bases if report.headline(base) != base]
     header = ["percent", *(METRICS[base].label + over for base in bases for over in (", calls", ", answers", ", all"))]
     rows: list[Row] = [
         (line.label, *(format_score(line, base + end) for base in bases for end in ("_calls", "_answers", "")))
@@ -292,19 +358,27 @@ def render_warm_starts(report: ComparisonReport) -> str:
     rows: list[Row] = []
     for start in report.starts:
         own = [line for line in report.lines if line.start == start]
-        before = [scores for line in own for scores in select_evaluations(line, "before")]
+        before = greedy_if_recorded(*(scores for line in own for scores in select_evaluations(line, "before")))
         overall = format_mean(scores.get("exact_match") for scores in before)
         rows.append((start, *format_exact_match(before, kinds), overall))
         rows += [(f"  + {line.method}", *format_kinds(line, kinds), format_score(line, all_turns)) for line in own]
-    note = "Sampled exact match in percent, means over seeds: first the warm start before training, then each method."
+    note = (
+        f"{describe_decoding(report)} exact match in percent, means over seeds: first the warm start before training, "
+        "then each method."
+    )
     return render_section("Warm starts", note, ("start", *kinds, "all"), rows)
 
 
 def render_task_kinds(report: ComparisonReport) -> str:
     kinds = find_task_kinds(report.lines)
-    rows = [(line.label, *format_kinds(line, kinds), format_score(line, "exact")) for line in report.lines if kinds]
-    note = "Sampled exact match in percent, means over seeds."
+    all_turns = report.primary.removesuffix("_calls")
+    rows = [(line.label, *format_kinds(line, kinds), format_score(line, all_turns)) for line in report.lines if kinds]
+    note = f"{describe_decoding(report)} exact match in percent, means over seeds."
     return render_section("By kind of task", note, ("percent", *kinds, "all"), rows)
+
+
+def describe_decoding(report: ComparisonReport) -> str:
+    return "Greedy" if has_greedy(report) else "Sampled"
 
 
 def select_evaluations(line: MethodResult, when: str) -> list[dict[str, Any]]:
@@ -312,15 +386,15 @@ def select_evaluations(line: MethodResult, when: str) -> list[dict[str, Any]]:
 
 
 def find_task_kinds(lines: Iterable[MethodResult]) -> list[str]:
-    after = (scores for line in lines for scores in select_evaluations(line, "after"))
+    after = greedy_if_recorded(*(scores for line in lines for scores in select_evaluations(line, "after")))
     return list(dict.fromkeys(kind for scores in after for kind in scores.get("kinds") or {}))
 
 
 def format_kinds(line: MethodResult, kinds: Sequence[str]) -> list[str]:
-    return format_exact_match(select_evaluations(line, "after"), kinds)
+    return format_exact_match(greedy_if_recorded(*select_evaluations(line, "after")), kinds)
 
 
-def format_exact_match(scores: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[str]:
+def format_exact_match(scores: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> list[str]:
     by_kind = [row.get("kinds") or {} for row in scores]
     return [format_mean(row.get(kind, {}).get("exact_match") for row in by_kind) for kind in kinds]
 
@@ -345,16 +419,18 @@ def format_value(key: str, value: float | None) -> str:
         return "–"
     if key in DIFFERENCE_METRICS:
         return f"{100 * value:+.1f}"
-    return f"{100 * value:.1f}" if METRICS[key].is_share else f"{value:.1f}"
+    return f"{100 * value:.1f}" if METRICS[key].is_share else f"{value:.{METRICS[key].digits}f}"
 
 
 def format_score(line: MethodResult, key: str) -> str:
-    return format_interval(line.metrics[key].mean, 100, 1) if key in line.metrics else "–"
+    scale = 100 if METRICS[key].is_share else 1
+    return format_interval(line.metrics[key].mean, scale, METRICS[key].digits) if key in line.metrics else "–"
 
 
 def format_difference(line: MethodResult, key: str) -> str:
     test = line.metrics[key].paired if key in line.metrics else None
-    return format_points(test.difference) if test else "–"
+    scale = 100 if METRICS[key].is_share else 1
+    return format_interval(test.difference, scale, METRICS[key].digits, sign="+") if test else "–"
 
 
 def format_test(line: MethodResult, key: str) -> tuple[str, str, str]:

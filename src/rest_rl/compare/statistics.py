@@ -54,6 +54,16 @@ class StepsToTarget(NamedTuple):
     """Geometric mean of the seeds' ratios, each with a separate target; NaN unless every seed reaches its target."""
 
 
+class AtEqualEntropy(NamedTuple):
+    """Accuracies of a method and the baseline on the training samples when their policy entropies are equal."""
+
+    entropy: float
+    """The mean over seeds of the entropy at which the two are compared."""
+    ours: float
+    theirs: float
+    paired: Paired
+
+
 def mean_interval(values: Sequence[float], bounds: tuple[float, float] | None = None) -> Interval:
     """Return the mean of n values with its Student interval, mean ± t(0.975, n - 1) sd / sqrt(n).
 
@@ -210,3 +220,47 @@ def mean_on_shared_steps(curves: Sequence[Curve]) -> dict[int, float]:
     # Only steps that all curves have count: where a seed has no value, the mean would jump by the level of that seed.
     steps = set.intersection(*(set(curve) for curve in curves))
     return {step: statistics.fmean(curve[step] for curve in curves) for step in sorted(steps)}
+
+
+def trailing_mean(curve: Curve) -> dict[int, float]:
+    """Return the mean over the last tenth of the steps up to each step; it uses no later step."""
+    window = max(1, len(curve) // 10)
+    means = np.convolve(list(curve.values()), np.full(window, 1 / window), "valid").tolist() if curve else []
+    return dict(zip(list(curve)[window - 1 :], means, strict=True))
+
+
+def compare_at_equal_entropy(
+    ours: Mapping[int, tuple[Curve, Curve]], theirs: Mapping[int, tuple[Curve, Curve]]
+) -> AtEqualEntropy | None:
+    """Compare the accuracies of a method and the baseline at equal policy entropy, over their common seeds.
+
+    Both contain, for each seed, the smoothed curves of entropy and accuracy. Returns None without a common seed that
+    has all of them.
+    """
+    # A sharper policy scores higher at temperature 1 even if it has learned nothing. So each seed compares the two runs
+    # at one entropy: the larger of their final entropies, which both reach.
+    levels: dict[int, float] = {}
+    pairs: dict[int, tuple[float, float]] = {}
+    for seed in sorted(ours.keys() & theirs.keys()):
+        if all((*ours[seed], *theirs[seed])):
+            entropies = (ours[seed][0], theirs[seed][0])
+            levels[seed] = max(curve[max(curve)] for curve in entropies)
+            pairs[seed] = (accuracy_at(levels[seed], *ours[seed]), accuracy_at(levels[seed], *theirs[seed]))
+    if not pairs:
+        return None
+    own, other = ({seed: pair[side] for seed, pair in pairs.items()} for side in (0, 1))
+    means = (statistics.fmean(values.values()) for values in (levels, own, other))
+    return AtEqualEntropy(*means, paired=compare_paired(own, other))
+
+
+def accuracy_at(level: float, entropies: Curve, accuracies: Curve) -> float:
+    # The accuracy where the entropy first falls to the level, between steps by linear interpolation. The level is
+    # at least the last entropy, so there is such a step.
+    steps = sorted(entropies)
+    at = next(i for i, step in enumerate(steps) if entropies[step] <= level)
+    step = float(steps[at])
+    if at:
+        before, after = entropies[steps[at - 1]], entropies[steps[at]]
+        step -= (level - after) / (before - after) * (steps[at] - steps[at - 1])
+    known = sorted(accuracies)
+    return float(np.interp(step, known, [accuracies[each] for each in known]))

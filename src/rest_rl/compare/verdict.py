@@ -53,6 +53,7 @@ def start_statements(report: ComparisonReport, reference: MethodResult) -> Itera
         if line.to_final and not math.isnan(line.to_final.share):
             text += f" It reaches the final score of `{report.reference}` in {line.to_final.share:.2f} times the steps."
         yield Statement("difference", text)
+    yield from entropy_statements(report, judged)
     yield from speed_statements(report, judged)
     yield from control_statements(report, judged, significant)
     yield from gain_statements(report, reference)
@@ -110,6 +111,24 @@ def main_statement(report: ComparisonReport, judged: list[MethodResult], signifi
     counts = f"{len(above)} above `{reference}`, {len(significant) - len(above)} below"
     text = f"**Of {len(judged)} methods, beyond seed noise: {counts}** ({label}, q ≤ {SIGNIFICANCE_LEVEL:g})."
     return Statement("some_differ", text)
+
+
+def entropy_statements(report: ComparisonReport, judged: list[MethodResult]) -> Iterator[Statement]:
+    # A difference is confirmed at equal policy entropy if the interval there is on the same side of 0.
+    for line in judged:
+        for key in dict.fromkeys((report.primary, report.headline("exact"))):
+            result = line.metrics.get(key)
+            if result is None or result.paired is None or not result.q <= SIGNIFICANCE_LEVEL or line.at_entropy is None:
+                continue
+            lead, equal = result.paired.difference.value, line.at_entropy.paired.difference
+            bound = equal.value if math.isnan(equal.low) else equal.low if lead > 0 else equal.high
+            if bound * lead <= 0:
+                text = (
+                    f"At equal policy entropy `{line.label}` differs from `{report.reference}` by "
+                    f"{format_points(equal)} points, which does not confirm its difference in {METRICS[key].label}."
+                )
+                yield Statement("not_at_equal_entropy", text)
+                break
 
 
 def speed_statements(report: ComparisonReport, judged: list[MethodResult]) -> Iterator[Statement]:

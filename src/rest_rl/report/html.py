@@ -151,17 +151,16 @@ def build_run_row(run: Run, group: int, turn: Turn | None) -> Row:
 def select_scores(scores: Any) -> Row | None:
     if not isinstance(scores, Mapping):
         return None
-    greedy = scores.get("greedy")
-    names = ("exact_match", "exact_match_error", "s_acc", "s_format", "n")
+    names = ("exact_match", "exact_match_error", "s_acc", "s_format", "n", "temperature", "policy_entropy")
     kept = {name: scores[name] for name in names if is_number(scores.get(name))}
-    return {**kept, "greedy": select_scores({**greedy, "greedy": None}) if isinstance(greedy, Mapping) else None}
+    return kept | {name: select_scores(scores[name]) for name in ("greedy", "low_temperature") if scores.get(name)}
 
 
 def build_charts(groups: Sequence[RunGroup]) -> Iterator[Row]:
     runs = [run for group in groups for run in group.runs]
     turn = headline_turn(row for run in runs for row in run.evaluations)
     over = f", {TURNS[turn]}" if turn else ""
-    for greedy, how in ((False, "sampled"), (True, "greedy")):
+    for greedy, how in ((True, "greedy"), (False, "sampled at T = 1")):
         lines = [evaluation_curve(group.runs, turn, greedy=greedy) for group in groups]
         yield from build_chart(Chart("", f"Exact match, held out, {how}{over}", "%"), enumerate(lines), dots=True)
     headlines = [chart._replace(key=headline_key(runs, chart.key)) for chart in CHARTS]

@@ -20,6 +20,7 @@ from rest_rl.report.tables import (
     diagnose_run,
     format_change,
     format_mean_and_sd,
+    greedy_if_recorded,
     group_runs,
     headline_turn_of_runs,
     is_number,
@@ -96,27 +97,49 @@ def render_single_result(run: Run) -> str:
 
 def render_results(groups: Sequence[RunGroup]) -> str:
     turn = headline_turn_of_runs(run for group in groups for run in group.runs)
-    header = ["", "runs", "before", "after", "gain", "greedy before", "greedy after", "S_acc after"]
-    header += ["answers before", "answers after"] if turn else []
+    header = ["", "runs", "greedy before", "greedy after", "gain", "T = 1 before", "T = 1 after"]
+    extra = [key for key in ("low_temperature", "policy_entropy") if any_recorded(groups, key)]
+    header += [f"{EXTRA_COLUMNS[key]} {when}" for key in extra for when in ("before", "after")]
+    header += ["S_acc after", *(["answers before", "answers after"] if turn else [])]
     rows = []
     for group in groups:
         evaluations = [[run.summary.get(when) for run in group.runs] for when in ("before", "after")]
         before, after = ([scores_for_turn(scores, turn) for scores in own] for own in evaluations)
-        gains = [
-            b["exact_match"] - a["exact_match"] for a, b in zip(before, after, strict=True) if has_exact_match(a, b)
-        ]
-        cells = [exact_match_values(before), exact_match_values(after), gains]
-        cells += [exact_match_values(scores.get("greedy") for scores in own) for own in (before, after)]
-        cells.append([scores["s_acc"] for scores in after if has_exact_match(scores)])
+        pairs = [greedy_if_recorded(*pair) for pair in zip(before, after, strict=True)]
+        gains = [b["exact_match"] - a["exact_match"] for a, b in pairs if has_exact_match(a, b)]
+        cells = [exact_match_values(scores.get("greedy") for scores in own) for own in (before, after)]
+        cells += [gains, exact_match_values(before), exact_match_values(after)]
+        cells += [extra_values(own, key) for key in extra for own in (before, after)]
+        cells.append([scores["s_acc"] for scores in map(first_scores, after) if has_exact_match(scores)])
         cells += [
-            exact_match_values(scores_for_turn(scores, "answers") for scores in own) for own in evaluations if turn
+            exact_match_values(first_scores(scores_for_turn(scores, "answers")) for scores in own)
+            for own in evaluations
+            if turn
         ]
         rows.append((group.label, len(group.runs), *map(format_mean_and_sd, cells)))
     note = (
-        f"Exact match on held-out {'call turns' if turn else 'prompts'}, sampled at temperature 1 and greedy; mean "
-        "over runs ± one standard deviation."
+        f"Exact match on held-out {'call turns' if turn else 'prompts'}, greedy and sampled at temperature T; mean "
+        "over runs ± one standard deviation. The gain, S_acc and answers are greedy if recorded."
     )
     return f"## Result\n\n{note}\n\n{markdown_table(header, rows)}"
+
+
+EXTRA_COLUMNS = {"low_temperature": "low T", "policy_entropy": "policy entropy"}
+
+
+def any_recorded(groups: Sequence[RunGroup], key: str) -> bool:
+    summaries = [run.summary for group in groups for run in group.runs]
+    return any((summary.get(when) or {}).get(key) is not None for summary in summaries for when in ("before", "after"))
+
+
+def extra_values(evaluations: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    if key == "low_temperature":
+        return exact_match_values(scores.get(key) for scores in evaluations)
+    return [scores[key] for scores in evaluations if is_number(scores.get(key))]
+
+
+def first_scores(scores: Mapping[str, Any]) -> Mapping[str, Any]:
+    return greedy_if_recorded(scores)[0]
 
 
 def exact_match_values(evaluations: Iterable[Mapping[str, Any] | None]) -> list[float]:
@@ -162,9 +185,17 @@ def render_run_table(groups: Sequence[RunGroup]) -> str:
     rows, turn = [], headline_turn_of_runs(run for group in groups for run in group.runs)
     for group in groups:
         for run in group.runs:
-            pair = [scores_for_turn(run.summary.get(when), turn).get("exact_match") for when in ("before", "after")]
+            pair = greedy_if_recorded(*(scores_for_turn(run.summary.get(when), turn) for when in ("before", "after")))
             libraries = run.environment.get("libraries") or {}
             versions = [libraries.get(library, "–") for library in ("torch", "trl")]
-            rows.append((run.name, group.label, last_finished_step(run), format_change(*pair), *versions))
+            rows.append(
+                (
+                    run.name,
+                    group.label,
+                    last_finished_step(run),
+                    format_change(*(scores.get("exact_match") for scores in pair)),
+                    *versions,
+                )
+            )
     exact = "exact match, call turns" if turn else "exact match"
     return markdown_table(("run", "curve", "steps", exact, "torch", "trl"), rows)

@@ -98,7 +98,7 @@ def draw_evaluations(groups: Sequence[RunGroup], path: Path) -> Path | None:
         return None
     figure, panels = new_figure(2, share=True)
     turn = headline_turn(row for group in groups for run in group.runs for row in run.evaluations)
-    for axes, greedy in zip(panels, (False, True), strict=True):
+    for axes, greedy in zip(panels, (True, False), strict=True):
         for group, color in zip(groups, series_colors(len(groups)), strict=True):
             draw_curve(axes, evaluation_curve(group.runs, turn, greedy=greedy), color, group.label, smooth=False)
         what = "exact match, call turns" if turn else "exact match"

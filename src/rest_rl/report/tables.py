@@ -142,13 +142,28 @@ def headline_turn(evaluations: Iterable[Mapping[str, Any] | None]) -> Turn | Non
 def scores_for_turn(scores: Mapping[str, Any] | None, turn: Turn | None) -> Mapping[str, Any]:
     """Return the scores over one kind of turn, or over all if `turn` is None.
 
-    The greedy scores and those at a low temperature stay under `greedy` and `low_temperature`.
+    As in an evaluation, the greedy scores and those at a low temperature are under `greedy` and `low_temperature`.
     """
     scores = scores or {}
     if turn is None:
         return scores
-    others = {key: (scores.get(key) or {}).get(turn) for key in ("greedy", "low_temperature")}
-    return {**(scores.get(turn) or {}), **others}
+    greedy, low = (scores.get(key) or {} for key in ("greedy", "low_temperature"))
+    found = {**(scores.get(turn) or {}), "greedy": greedy.get(turn) or {}}
+    if low:
+        found["low_temperature"] = {**(low.get(turn) or {}), "temperature": low.get("temperature")}
+    if "policy_entropy" in scores:  # measured over the tokens of all turns
+        found["policy_entropy"] = scores["policy_entropy"]
+    return found
+
+
+def greedy_if_recorded(*evaluations: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return the greedy scores of evaluations if all have them, else those of responses at temperature 1.
+
+    A run on verl, for example, evaluates only at temperature 1; greedy and sampled scores are never compared.
+    """
+    greedy = [(scores or {}).get("greedy") or {} for scores in evaluations]
+    is_recorded = all(is_number(scores.get("exact_match")) for scores in greedy)
+    return greedy if is_recorded else [scores or {} for scores in evaluations]
 
 
 def headline_turn_of_runs(runs: Iterable[Run]) -> Turn | None:

@@ -118,16 +118,26 @@ function withError(scores) {
 // The number of finished steps, and the planned number unless the run has finished.
 const stepsOf = (run) => (run.finished ? run.steps : `${run.steps} of ${run.planned ?? "?"}`);
 
+// Never compares greedy scores with sampled ones.
+function gainOf(before, after) {
+  const pair = [before, after].every((scores) => isNumber(scores?.greedy?.exact_match)) ? [before.greedy, after.greedy] : [before, after];
+  return pair.every((scores) => isNumber(scores?.exact_match)) ? signed(100 * (pair[1].exact_match - pair[0].exact_match), 1) : "–";
+}
+
 function showResults() {
+  const all = data.runs.flatMap((run) => [run.before, run.after]), low = all.map((scores) => scores?.low_temperature).find((scores) => scores);
+  const hasAnswers = data.runs.some((run) => run.answers), hasEntropy = all.some((scores) => isNumber(scores?.policy_entropy));
   const rows = data.runs.map((run) => {
     const dot = make("i", { className: "swatch dot" });
     dot.style.backgroundColor = data.series[run.group % data.series.length];
     const { before, after } = run;
-    const gain = isNumber(before?.exact_match) && isNumber(after?.exact_match) ? signed(100 * (after.exact_match - before.exact_match), 1) : "–";
-    return [[dot, ...seen(run.name)], data.groups[run.group], run.seed ?? "–", stepsOf(run), withError(before), withError(after), gain, withError(before?.greedy), withError(after?.greedy), shown(after?.s_acc), shown(after?.s_format), ...(data.runs.some((any) => any.answers) ? [withError(run.answers)] : [])];
+    const scored = after?.greedy ?? after, sampled = [before, after].map(withError);
+    const lows = low ? [before, after].map((scores) => withError(scores?.low_temperature)) : [], entropies = hasEntropy ? [before, after].map((scores) => shown(scores?.policy_entropy)) : [];
+    return [[dot, ...seen(run.name)], data.groups[run.group], run.seed ?? "–", stepsOf(run), withError(before?.greedy), withError(after?.greedy), gainOf(before, after), ...sampled, ...lows, ...entropies, shown(scored?.s_acc), shown(scored?.s_format), ...(hasAnswers ? [withError(run.answers?.greedy ?? run.answers)] : [])];
   });
-  const head = ["run", "curve", "seed", "steps", "exact match before, %", "after, %", "gain", "greedy before", "greedy after", "S_acc after", "S_format after", ...(data.runs.some((run) => run.answers) ? ["answer turns after, %"] : [])];
-  byId("result-table").replaceChildren(table(head, rows), make("p", { className: "faint" }, `Scores on held-out ${data.turns}, sampled at temperature 1 and greedy, ± one standard error over prompts.`));
+  const lowHead = low ? [`T = ${low.temperature ?? "low"} before`, "after"] : [], entropyHead = hasEntropy ? ["policy entropy before", "after"] : [];
+  const head = ["run", "curve", "seed", "steps", "greedy exact match before, %", "after, %", "gain", "T = 1 before", "after", ...lowHead, ...entropyHead, "S_acc after", "S_format after", ...(hasAnswers ? ["answer turns after, %"] : [])];
+  byId("result-table").replaceChildren(table(head, rows), make("p", { className: "faint" }, `Exact match on held-out ${data.turns}, greedy and sampled at temperature T, ± one standard error over prompts; policy entropy at T = 1 in nats. S_acc and S_format are greedy if recorded.`));
 }
 
 function showConfig() {
