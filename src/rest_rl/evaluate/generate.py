@@ -111,7 +111,7 @@ class EntropyMeter(LogitsProcessor):
         self._steps: list[Tensor] = []
         self._total, self._tokens = 0.0, 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._steps.append(Categorical(logits=scores.float(), validate_args=False).entropy())
         return scores
 

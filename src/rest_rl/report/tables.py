@@ -161,7 +161,7 @@ def greedy_if_recorded(*evaluations: Mapping[str, Any] | None) -> list[Mapping[s
 
     A run on verl, for example, evaluates only at temperature 1; greedy and sampled scores are never compared.
     """
-    greedy = [(scores or {}).get("greedy") or {} for scores in evaluations]
+    greedy: list[Mapping[str, Any]] = [(scores or {}).get("greedy") or {} for scores in evaluations]
     is_recorded = all(is_number(scores.get("exact_match")) for scores in greedy)
     return greedy if is_recorded else [scores or {} for scores in evaluations]
 
