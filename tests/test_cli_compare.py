@@ -58,7 +58,7 @@ def test_a_grid_is_trained_once_and_kept(base: Path, tmp_path: Path, capsys: pyt
     assert main(grid(base, out)) == 0
     first = capsys.readouterr().out
     assert "2 runs in" in first
-    assert "grpo-0 is finished: exact match" in first
+    assert "grpo-0 is finished: greedy exact match" in first
     for name in ("grpo-0", "random-0"):
         run = read_run(out / "runs" / name)
         assert [row["step"] for row in run.metrics] == [1, 2]
