@@ -300,7 +300,7 @@ def test_one_seed_allows_no_test(tmp_path: Path) -> None:
 
 def test_q_corrects_for_the_number_of_methods(tmp_path: Path) -> None:
     noisy = Effect(noise=0.03)
-    make_grid(tmp_path, dict.fromkeys(("grpo", "rest", "paper", "dapo", "dr_grpo", "inverted"), noisy), seeds=4)
+    make_grid(tmp_path, dict.fromkeys(("grpo", "rest", "rest_live", "dapo", "dr_grpo", "inverted"), noisy), seeds=4)
     for line in compare(tmp_path).rivals():
         versus = line.metrics["exact"]
         assert versus.paired is not None
