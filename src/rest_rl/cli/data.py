@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rest_rl.data.check import CheckedRow, DataReport
     from rest_rl.data.layout import PromptLayout
     from rest_rl.data.samples import ToolSample
+    from rest_rl.response import Turn
     from rest_rl.runlog import Observer
 
 EPILOG = """\
@@ -338,7 +339,7 @@ def show_mix(mix: Mix, path: Path, *, as_json: bool) -> None:
     from rest_rl import jsonl
     from rest_rl.data.check import format_turn_mix, warn_about_answers
 
-    turns = Counter(sample.gold.turn for sample in mix.samples)
+    turns: Counter[Turn] = Counter(sample.gold.turn for sample in mix.samples)
     if as_json:
         sources = [source.to_json() for source in mix.sources]
         told = {"out": str(path), "samples": len(mix.samples), "turns": turns, "sources": sources}
