@@ -31,7 +31,8 @@ def compare(
         str | None, typer.Argument(metavar="GRID.toml", help="grid file, or the folder of a grid to resume")
     ] = None,
     methods: Annotated[
-        str, typer.Option(metavar="A,B", help="methods, such as rest,grpo,permuted (default: eleven; see docs/compare.md)")
+        str,
+        typer.Option(metavar="A,B", help="methods, such as rest,grpo (default: eleven; see docs/compare.md)"),
     ] = "",
     seeds: Annotated[str, typer.Option(metavar="0,1", help="seeds of the runs (default: 0,1,2)")] = "",
     base: Annotated[
