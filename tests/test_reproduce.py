@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from rest_rl.cli.app import app, split_overrides
+from rest_rl.cli.app import app, main, split_overrides
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.train.trl.settings import make_trainer_config
 from tests.test_readme import ROOT, without_calls
@@ -55,6 +55,16 @@ def test_every_run_is_valid(command: str) -> None:
     shortcut, name = command.split(maxsplit=1)[0], Path(shlex.split(command)[2]).stem
     assert (shortcut == "rest-rl") is name.endswith("1gpu")
     assert (shortcut == "zero8") is name.startswith("sft-llama")
+
+
+def test_every_grid_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    monkeypatch.chdir(ROOT)
+    lines = re.findall(r"^ {4}(rest-rl compare .*)$", PAGE, re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        command = [str(tmp_path) if word.startswith("runs/") else word for word in shlex.split(line)[1:]]
+        assert main([*command, "--set", "trl.use_vllm=false", "--dry-run"]) == 0
 
 
 def test_every_run_has_its_own_folder() -> None:

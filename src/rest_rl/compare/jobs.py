@@ -18,10 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from rest_rl.compare.grid import LOGS_FOLDER, RUNS_FOLDER, Grid, RunName, is_finished, wrap_method_error
-from rest_rl.compare.launch import Launch, find_trainers
+from rest_rl.compare.launch import Launch, stop_run
 from rest_rl.config import AUTO, RunConfig, read_run_file
 from rest_rl.errors import UserError
 from rest_rl.jsonl import parse_row
@@ -307,17 +305,12 @@ def catch_stop_signals(jobs: Sequence[Job]) -> Iterator[StopRequests]:
 
 
 def stop_jobs(jobs: Sequence[Job], *, at_once: bool = False) -> None:
-    # A second SIGINT would make `train` stop at once instead of after its step, so every run gets only one. It goes to
-    # the training processes themselves: a launcher would not pass it on, or kill them before they have saved.
+    # A second SIGINT would make `train` stop at once instead of after its step, so every run gets only one.
     for job in jobs:
         if job.state != "running" or job.process is None or (job.is_stopping and not at_once):
             continue
         job.is_stopping = True
-        with suppress(psutil.Error):
-            process = psutil.Process(job.process.pid)
-            for target in [process, *process.children(recursive=True)] if at_once else find_trainers(process):
-                with suppress(psutil.Error):
-                    target.send_signal(signal.SIGKILL if at_once else signal.SIGINT)
+        stop_run(job.process.pid, at_once=at_once)
 
 
 class Bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -132,6 +133,17 @@ def find_command(launch: str) -> tuple[str, ...]:
     if (found := shutil.which(program, path=os.pathsep.join([own, os.environ.get("PATH", "")]))) is None:
         raise UserError(f"--launch starts {program!r}, which does not exist", remedy="install it, or pass its path")
     return (found, *words)
+
+
+def stop_run(pid: int, *, at_once: bool) -> None:
+    """Make a run stop after its step, or kill the process and its descendants."""
+    # SIGINT goes to the training processes themselves: a launcher would not pass it on, or kill them before they have
+    # saved a checkpoint.
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for target in [process, *process.children(recursive=True)] if at_once else find_trainers(process):
+            with suppress(psutil.Error):
+                target.send_signal(signal.SIGKILL if at_once else signal.SIGINT)
 
 
 def find_trainers(process: psutil.Process) -> list[psutil.Process]:

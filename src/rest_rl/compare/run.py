@@ -43,8 +43,7 @@ def compare(
         overrides: changes to the base run, such as `trl.max_steps=100`.
         reference: the baseline method.
         out: the folder for the runs, their logs and the page.
-        jobs: how many runs to train at a time; by default one per GPU, or 2 without `gpus`. Ctrl-C stops the runs after
-            their step, a second Ctrl-C at once.
+        jobs: how many runs to train at a time (default: one per GPU, or 2). Ctrl-C stops them after their step.
         gpus: a number of GPUs, or their indices or UUIDs, to divide evenly among the runs at a time.
         launch: a command that starts each run instead of Python, such as `accelerate launch --num_processes 4`.
         only_report: train nothing; only write the page about the finished runs.
