@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "rest_rl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT, MAX_LINES = 700, 60, 17, 28_280
+MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT, MAX_LINES = 700, 60, 17, 29_300
 IMPORTED_IN = {
     "trl": ["train/trl/*.py", "train/sft.py", "train/estimate.py", "train/verl/*.py"],
     "datasets": ["data/reading.py", "train/prompts.py", "train/sft.py", "train/run.py"],
@@ -31,7 +31,7 @@ IMPORTED_IN = {
     "accelerate": ["train/*.py", "train/trl/*.py"],
     "safetensors": ["train/checkpoints.py", "train/trl/*.py", "train/verl/*.py"],
     "tokenizers": ["regions.py"],
-    "psutil": ["train/estimate.py"],
+    "psutil": ["train/estimate.py", "compare/launch.py"],
     "scipy": ["rewards.py", "statistics.py", "compare/statistics.py", "probe/*.py"],
     "jinja2": ["data/layout.py"],
     "openai": ["evaluate/models/endpoint.py"],

@@ -17,6 +17,7 @@ from rest_rl.cli.app import main
 from rest_rl.cli.terminal import Screen
 from rest_rl.compare.grid import RunName, read_grid
 from rest_rl.compare.jobs import Job, read_tail, record_exit, run_jobs
+from rest_rl.compare.launch import Launch
 from rest_rl.compare.run import save_grid
 from rest_rl.config import RunConfig
 from rest_rl.runlog import Observer, lock_run_folder, read_run
@@ -101,6 +102,15 @@ def test_a_run_that_fails_does_not_stop_the_others(
         text.split()
     )
     assert "`broken-0` has no run folder (see logs/broken-0.log)" in (out / "compare.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_through_accelerate_equals_one_without(base: Path, tmp_path: Path) -> None:
+    launcher = "accelerate launch --num_processes 1 --num_machines 1 --cpu --mixed_precision no --dynamo_backend no"
+    for name, more in {"plain": [], "launched": ["--launch", launcher]}.items():
+        assert main(grid(base, tmp_path / name, *more, methods="grpo")) == 0
+    plain, launched = (recorded(tmp_path / name, "grpo-0")["grpo-0/metrics.jsonl"] for name in ("plain", "launched"))
+    assert launched == plain
 
 
 @pytest.mark.slow
@@ -231,7 +241,7 @@ def test_ctrl_c_between_two_starts_stops_the_first_and_starts_no_second(tmp_path
         for seed in range(2)
     ]
     listener = AskingToStop()
-    assert run_jobs(jobs, 2, listener) is False
+    assert run_jobs(jobs, Launch(2), listener) is False
     assert [job.state for job in jobs] == ["stopped", "waiting"]
     assert jobs[0].process is not None
     assert jobs[0].process.poll() is not None

@@ -405,7 +405,7 @@ print('torch' in sys.modules, file=sys.stderr)
     assert (done.stderr.strip(), json.loads(done.stdout)["rows"]) == ("False", 6)
 
 
-@pytest.mark.parametrize("action", ["", "check", "convert", "show", "split", "world"])
+@pytest.mark.parametrize("action", ["", "check", "convert", "show", "split", "world", "build"])
 def test_help_has_an_example(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", *([action] if action else []), "--help"]) == 0
     assert "rest-rl data " in capsys.readouterr().out.split("example", 1)[1]

@@ -53,7 +53,11 @@ def test_methods_differ_from_rest_in_one_thing() -> None:
     )  # what permuted deals and inverted turns round
     static = changed(grid, "rest-no-dynamic-reward", "rest")  # (0.5 + 0.75) / 2
     assert static == {"rest.reward.accuracy_share_start": 0.625, "rest.reward.accuracy_share_end": 0.625}
+    assert changed(grid, "rest-kl", "rest") == {"trl.beta": 0.003}
     assert changed(grid, "random", "grpo") == {"rest.reward.random": True}
+    # ToolRL adds a format score in [0, 1] and an accuracy score in [-3, 3]: 6/7 of the range is accuracy
+    shares = ("rest.reward.accuracy_share_start", "rest.reward.accuracy_share_end")
+    assert changed(grid, "grpo-static", "grpo") == dict.fromkeys(shares, pytest.approx(6 / 7, abs=5e-4))
     assert changed(grid, "top_entropy", "grpo") == {"rest.weights.rule": "top_entropy"}
     # the baselines have the reward of rest: a comparison with them is one of weights alone
     for name in ("grpo", "dr_grpo", "dapo", "top_entropy"):

@@ -69,7 +69,7 @@ app.command(
 add(report.report, "summarize run folders as Markdown and plots, or as one HTML file")
 add(compare.compare, "train several methods with several seeds and test which learns better", epilog=compare.EPILOG)
 add(probe.probe, "estimate before training whether token weights would help", probe.EPILOG)
-app.add_typer(data.group, name="data", short_help="check, convert, show, split or generate training data")
+app.add_typer(data.group, name="data", short_help="check, convert, show, split, mix or generate training data")
 app.add_typer(eval_app, name="eval", short_help="evaluate on a benchmark; compare and tabulate evaluations")
 add(inspect.inspect, "show the region and weight of each token of a response")
 add(score.score, "score responses against gold calls, with explanations")

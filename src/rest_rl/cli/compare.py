@@ -18,11 +18,22 @@ EPILOG = """\
 examples:
   rest-rl compare --methods grpo,rest,permuted --seeds 0,1,2 --out runs/grid
   rest-rl compare --base run.toml --methods grpo,rest,permuted --jobs 1 --out runs/grid
-  rest-rl compare grid.toml --out runs/grid   your own methods and warm starts
-  rest-rl compare runs/grid                   resume after Ctrl-C, a crash or kill -9
+  rest-rl compare grid.toml --out runs/grid            your own methods and warm starts
+  rest-rl compare grid.toml --gpus 8 --out runs/grid   eight runs at a time, one GPU each
+  rest-rl compare runs/grid                            resume after Ctrl-C, a crash or kill -9
   rest-rl compare runs/grid --report-only
 """
 EXIT_FAILED = 1
+Baseline = Annotated[str | None, typer.Option(metavar="M", help="method to compare the others with (default: grpo)")]
+Jobs = Annotated[
+    int | None, typer.Option(metavar="N", help="number of runs at the same time (default: one per GPU of --gpus, or 2)")
+]
+Gpus = Annotated[
+    str, typer.Option(metavar="N|0,1", help="number or names of GPUs, divided evenly among the runs at a time")
+]
+Launch = Annotated[
+    str, typer.Option(metavar="COMMAND", help="start runs with this, such as 'accelerate launch --num_processes 4'")
+]
 
 
 def compare(
@@ -30,7 +41,8 @@ def compare(
         str | None, typer.Argument(metavar="GRID.toml", help="grid file, or the folder of a grid to resume")
     ] = None,
     methods: Annotated[
-        str, typer.Option(metavar="A,B", help="methods, such as rest,grpo,permuted (default: ten; see docs/compare.md)")
+        str,
+        typer.Option(metavar="A,B", help="methods, such as rest,grpo (default: eleven; see docs/compare.md)"),
     ] = "",
     seeds: Annotated[str, typer.Option(metavar="0,1", help="seeds of the runs (default: 0,1,2)")] = "",
     base: Annotated[
@@ -38,10 +50,10 @@ def compare(
         typer.Option(metavar="RUN.toml", help="run file that the methods modify (default: the embedded run)"),
     ] = None,
     overrides: Overrides = [],
-    baseline: Annotated[
-        str | None, typer.Option(metavar="M", help="method to compare the others with (default: grpo)")
-    ] = None,
-    jobs: Annotated[int, typer.Option(metavar="N", help="number of runs at the same time")] = 2,
+    baseline: Baseline = None,
+    jobs: Jobs = None,
+    gpus: Gpus = "",
+    launch: Launch = "",
     out: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="folder of the grid, for runs/, logs/, compare.md and compare.json"),
@@ -69,6 +81,8 @@ def compare(
         reference=baseline,
         out=out,
         jobs=jobs,
+        gpus=(int(gpus) if gpus.isdecimal() else split_commas(gpus)) if gpus else None,
+        launch=launch,
         only_report=report_only,
         dry_run=dry_run,
         observer=Screen(console),

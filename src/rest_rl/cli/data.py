@@ -1,10 +1,11 @@
-"""The command `data`: check, convert, show, split and generate training data."""
+"""The command `data`: check, convert, show, split, mix and generate training data."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from rest_rl.cli.options import AsJson, Verb, verb_group
 from rest_rl.errors import UserError
 
 if TYPE_CHECKING:
+    from rest_rl.data.build import Mix
     from rest_rl.data.check import CheckedRow, DataReport
     from rest_rl.data.layout import PromptLayout
     from rest_rl.data.samples import ToolSample
+    from rest_rl.response import Turn
+    from rest_rl.runlog import Observer
 
 EPILOG = """\
 examples:
@@ -32,6 +36,7 @@ examples:
   rest-rl data show my.jsonl 17 --model Qwen/Qwen3-0.6B
   rest-rl data split train.jsonl --test 0.1 --seed 0
   rest-rl data world --out world.jsonl -n 1000
+  rest-rl data build toolrl-4k --out mix.parquet --seed 0
 
 A FILE is one of: a .jsonl, .ndjson, .json or .parquet file (text files also
 with .gz), a folder of such files, a folder written by datasets.save_to_disk,
@@ -114,13 +119,20 @@ class Reading:
             from rest_rl.config import default_response_limit
 
             settings["max_response_tokens"] = default_response_limit(layout.context) if layout else 1
-        if sys.stderr.isatty():
-            from rich.console import Console
+        return {**settings, "observer": reading_observer()}
 
-            from rest_rl.cli.terminal import Screen
 
-            settings["observer"] = Screen(Console(stderr=True))
-        return settings
+def reading_observer() -> Observer:
+    # Shows a progress bar on a terminal.
+    from rest_rl.runlog import SILENT
+
+    if not sys.stderr.isatty():
+        return SILENT
+    from rich.console import Console
+
+    from rest_rl.cli.terminal import Screen
+
+    return Screen(Console(stderr=True))
 
 
 def add(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -276,6 +288,73 @@ def world(
         for sample in islice((sample for dialogue in drawn for sample in decompose(dialogue)), n):
             write(sample)
     print(f"wrote {out}: {count_of(n, 'sample')}, split {split}, seed {seed}")
+
+
+@add("toolrl-4k --out mix.parquet --seed 0")
+def build(
+    recipe: Annotated[Literal["toolrl-4k"], typer.Argument(metavar="RECIPE", help="toolrl-4k")],
+    out: OutFile,
+    toolace: Annotated[
+        str | None, typer.Option(metavar="FILE", help="rows of ToolACE (default: Team-ACE/ToolACE on the hub)")
+    ] = None,
+    xlam: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="rows of xLAM (default: Salesforce/xlam-function-calling-60k on the hub)"),
+    ] = None,
+    hammer: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="rows with masked names (default: other rows of xLAM, masked here)"),
+    ] = None,
+    counts: Annotated[
+        str | None,
+        typer.Option(metavar="A,H,X", help="samples from ToolACE, Hammer and xLAM (default: 2000,1000,1000)"),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="seed of the draw, the masked names and the order")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Build a mix like ToolRL's 4,000 rows: 2,000 samples of ToolACE, 1,000 of Hammer (masked names), 1,000 of xLAM.
+
+    A sample is one assistant turn, as a row of ToolRL is. Which rows ToolRL and the ResT paper drew is not known: the
+    mix follows their recipe but does not have their rows. ToolRL's published train.parquet is the closest to them.
+    """
+    from rest_rl.data.build import TOOLRL_4K, build_toolrl_4k
+    from rest_rl.data.write import check_output, sample_writer
+
+    path, sources = Path(out), {"toolace": toolace, "xlam": xlam, "hammer": hammer}
+    given: dict[str, Any] = {name: source for name, source in sources.items() if source}
+    check_output(path, given.values())
+    if counts is not None:
+        sizes = counts.split(",")
+        if len(sizes) != len(TOOLRL_4K) or not all(size.strip().isdecimal() for size in sizes):
+            raise UserError(f"--counts is {counts}", "three whole numbers, such as 2000,1000,1000")
+        given["counts"] = {part: int(size) for part, size in zip(TOOLRL_4K, sizes, strict=True)}
+    mix = build_toolrl_4k(**given, seed=seed, observer=reading_observer())
+    with sample_writer(path) as write:
+        for sample in mix.samples:
+            write(sample)
+    show_mix(mix, path, as_json=as_json)
+
+
+def show_mix(mix: Mix, path: Path, *, as_json: bool) -> None:
+    from rest_rl import jsonl
+    from rest_rl.data.check import format_turn_mix, warn_about_answers
+
+    turns: Counter[Turn] = Counter(sample.gold.turn for sample in mix.samples)
+    if as_json:
+        sources = [source.to_json() for source in mix.sources]
+        told = {"out": str(path), "samples": len(mix.samples), "turns": turns, "sources": sources}
+        print(jsonl.as_json(told, indent=2))
+        return
+    for source in mix.sources:
+        drawn = " and ".join(f"{count} for the part {part}" for part, count in source.drawn.items())
+        print(f"{source.source}: {drawn}, out of {count_of(source.usable, 'usable sample')}")
+        print(f"not usable: {source.repeated} with a repeated prompt, {source.overlapping} already in another part")
+        show_report(source.rows, 0)
+        print()
+    print(f"wrote {path}: {count_of(len(mix.samples), 'sample')}, {format_turn_mix(turns)}")
+    if warning := warn_about_answers(turns):
+        print(f"warning: {warning}")
+    print("note: which rows ToolRL and the ResT paper drew is not known; ToolRL's train.parquet is the closest")
 
 
 def require_rows(report: DataReport, files: Sequence[str]) -> None:

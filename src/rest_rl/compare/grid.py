@@ -1,7 +1,8 @@
 """A grid of runs: methods x warm starts x seeds, and the configuration of each run.
 
 A method is a table of changes to the base run. With the same seed, the runs of the package's methods
-differ only in the table `[rest]`: data, order of prompts, number of steps and evaluation are the same.
+differ only in the table `[rest]` (`rest-kl` in `trl.beta`): data, order of prompts, number of steps and evaluation are
+the same.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from rest_rl.report.tables import flatten
 
 DEFAULT_REFERENCE = "grpo"
 DEFAULT_SEEDS = (0, 1, 2)
-TUNED_CURRICULUM = "rest-tuned-curriculum"
 RUNS_FOLDER, LOGS_FOLDER, GRID_FILE, BASE_FILE = "runs", "logs", "grid.toml", "base.toml"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 OBJECT_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import types
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rest_rl.compare.grid import LOGS_FOLDER, RUNS_FOLDER, Grid, RunName, is_finished, wrap_method_error
+from rest_rl.compare.launch import Launch, stop_run
 from rest_rl.config import AUTO, RunConfig, read_run_file
 from rest_rl.errors import UserError
 from rest_rl.jsonl import parse_row
@@ -51,6 +51,8 @@ class Job:
     log: Path
     state: Literal["waiting", "running", "done", "kept", "failed", "stopped"] = "waiting"
     process: subprocess.Popen[bytes] | None = None
+    slot: int = 0
+    """The slot of `Launch` in which the run is running."""
     log_start: int = 0
     """Size of the log in bytes when this attempt started."""
     note: str = ""
@@ -117,16 +119,24 @@ def value_or_unset(value: Any) -> Any:
     return "unset" if value is None else value
 
 
-def check_startable(jobs: Sequence[Job]) -> None:
-    """Before any run starts, raise UserError if the trainer would reject the settings of a method."""
+def check_startable(jobs: Sequence[Job], launch: Launch) -> None:
+    """Before any run starts, raise UserError if the trainer would reject a method's settings or number of GPUs."""
     from rest_rl.train.trl.settings import make_trainer_config  # slow, and not needed for the page of finished runs
 
     for job in jobs:
         if job.state == "kept" or job.config.run.engine != "trl":
             continue
+        if (number := launch.gpus_per_run) > 1 and not launch.has_launcher:
+            raise UserError(
+                f"each run gets {number} GPUs, but only one process",
+                "one GPU per run, or a launcher",
+                f"pass --jobs {len(launch.gpus)}, or --launch 'accelerate launch --num_processes {number}'",
+            )
         # Check with CPU settings: this process outlives every run and must not occupy memory of the runs' GPUs. Any
         # fixed format replaces `auto`, so that no tokenizer has to be loaded to detect the format.
         trl = {**job.config.trl, "use_cpu": True, "bf16": False, "fp16": False}
+        if isinstance(size := trl.get("per_device_train_batch_size"), int):
+            trl["per_device_train_batch_size"] = size * launch.processes  # this process stands for all of the run
         rest = job.config.rest
         rest = replace(rest, format="toolrl") if rest.format == AUTO else rest
         try:
@@ -135,8 +145,8 @@ def check_startable(jobs: Sequence[Job]) -> None:
             raise wrap_method_error(job.name.label, error) from error
 
 
-def run_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observer) -> bool:
-    """Train the unfinished runs, at most `max_parallel` at a time; return False if the user interrupted them."""
+def run_jobs(jobs: Sequence[Job], launch: Launch, observer: Observer) -> bool:
+    """Train the unfinished runs, at most one per slot at a time; return False if the user interrupted them."""
     # One polling loop owns all state: signal handlers only count requests, and runs report only through their exit
     # codes and files. Each round handles stop requests before it starts runs, so that none starts after Ctrl-C; it ends
     # when no run is active and either none is waiting or the user has stopped the grid.
@@ -152,7 +162,7 @@ def run_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observer) -> bool
             for job in jobs:
                 if job.state == "running":
                     record_exit(job, observer, is_stopping=stop.count > 0)
-            start_waiting_jobs(jobs, max_parallel, observer, stop)
+            start_waiting_jobs(jobs, launch, observer, stop)
             update_bars()
             is_idle = not any(job.state == "running" for job in jobs)
             if is_idle and (stop.count or not any(job.state == "waiting" for job in jobs)):
@@ -169,48 +179,52 @@ def write_run_file(job: Job) -> None:
         raise unwritable_folder_error(job.log.parent, error) from error
 
 
-def start_waiting_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observer, stop: StopRequests) -> None:
-    # A run that another process is training uses one of the slots, because it usually runs on this machine.
-    room = max_parallel - sum(job.state == "running" for job in jobs)
-    for job in [job for job in jobs if job.state == "waiting"]:
-        if room <= 0 or stop.count:
+def start_waiting_jobs(jobs: Sequence[Job], launch: Launch, observer: Observer, stop: StopRequests) -> None:
+    # A run that another process is training uses one of the slots, because it usually runs on this machine: the slot
+    # that has its GPUs, or the last free one.
+    used = {job.slot for job in jobs if job.state == "running"}
+    free = [slot for slot in range(launch.slots) if slot not in used]
+    waiting = [job for job in jobs if job.state == "waiting"]
+    owners = {job.name: owner for job in waiting if (owner := find_lock_owner(job.folder))}
+    for owner in owners.values():
+        slot = launch.find_slot(owner)
+        if free:
+            free.remove(slot if slot in free else free[-1])
+    for job in waiting:
+        if stop.count:
             return
-        room -= 1
-        if holder := find_lock_owner(job.folder):
+        if owner := owners.get(job.name):
             if not job.note:
-                wait_for_owner(job, holder, observer)
+                wait_for_owner(job, owner, observer)
         elif job.is_complete:  # another process has finished the run meanwhile
             job.state = "kept"
-            room += 1
-        else:
-            start_job(job, max_parallel)
-            observer.say(f"{job.name} {job.note}")
+        elif free:
+            job.slot = free.pop(0)
+            start_job(job, launch)
+            gpus = launch.gpus_of(job.slot)
+            observer.say(f"{job.name} {job.note}" + (f" on GPU {gpus}" if gpus else ""))
 
 
-def wait_for_owner(job: Job, holder: str, observer: Observer) -> None:
-    job.state, job.note = "waiting", f"is being trained by {holder}; waiting for it"
+def wait_for_owner(job: Job, owner: str, observer: Observer) -> None:
+    job.state, job.note = "waiting", f"is being trained by {owner}; waiting for it"
     observer.say(f"{job.name} {job.note}")
 
 
-def start_job(job: Job, max_parallel: int) -> None:
+def start_job(job: Job, launch: Launch) -> None:
     # The run gets a separate session: the terminal then sends Ctrl-C only to this process, which stops the runs.
     job.log_start = job.log.stat().st_size if job.log.exists() else 0
-    command = [sys.executable, "-m", "rest_rl", "train", str(job.log.with_suffix(".toml")), "--out", str(job.folder)]
+    arguments = ["-m", "rest_rl", "train", str(job.log.with_suffix(".toml")), "--out", str(job.folder)]
     resumes = (job.folder / CONFIG).is_file()
     job.note = f"resumes after step {job.last_step()}" if resumes else "starts"
-    # Each run gets an equal share of the cores. By default torch would use all cores for every run, and runs that share
-    # cores slow each other down far more than fewer threads do.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // max_parallel))
     folders = [*filter(None, [os.environ.get("PYTHONPATH")]), *job.modules]
     python_path = {"PYTHONPATH": os.pathsep.join(folders)} if job.modules else {}
     with job.log.open("ab") as log:
         job.process = subprocess.Popen(  # noqa: S603
-            [*command, *(["--resume"] if resumes else [])],
+            [*launch.command, *arguments, *(["--resume"] if resumes else [])],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **python_path, "OMP_NUM_THREADS": threads, "COLUMNS": "120"},
+            env={**os.environ, **python_path, **launch.environment(job.slot), "COLUMNS": "120"},
             start_new_session=True,
         )
     job.state = "running"
@@ -296,10 +310,10 @@ def catch_stop_signals(jobs: Sequence[Job]) -> Iterator[StopRequests]:
 def stop_jobs(jobs: Sequence[Job], *, at_once: bool = False) -> None:
     # A second SIGINT would make `train` stop at once instead of after its step, so every run gets only one.
     for job in jobs:
-        if job.state == "running" and job.process is not None and (at_once or not job.is_stopping):
-            job.is_stopping = True
-            with suppress(ProcessLookupError):
-                job.process.send_signal(signal.SIGKILL if at_once else signal.SIGINT)
+        if job.state != "running" or job.process is None or (job.is_stopping and not at_once):
+            continue
+        job.is_stopping = True
+        stop_run(job.process.pid, at_once=at_once)
 
 
 class Bar:

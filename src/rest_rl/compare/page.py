@@ -22,7 +22,7 @@ from rest_rl.compare.collect import (
     MethodResult,
     slice_curve,
 )
-from rest_rl.compare.grid import METHODS, TUNED_CURRICULUM
+from rest_rl.compare.grid import METHODS
 from rest_rl.compare.statistics import StepsToTarget
 from rest_rl.compare.verdict import format_interval, format_p, format_points, p_or_q
 from rest_rl.jsonl import as_json
@@ -345,8 +345,6 @@ def render_ablations(report: ComparisonReport) -> str:
             rows.append((text, *format_kinds(line, kinds), format_score(line, report.primary), *cells))
         tables.append(markdown_table(header, rows))
     note = "Each row changes one part of `rest`. A negative difference means that the change makes `rest` worse."
-    if any(line.method == TUNED_CURRICULUM for line in report.lines):
-        note += f" {CURRICULUM_NOTE}"
     return "\n\n".join([f"## Ablations\n\n{note}", *tables]) if tables else ""
 
 
@@ -441,11 +439,6 @@ def format_q(line: MethodResult, key: str) -> str:
     return format_p(line.metrics[key].q) if key in line.metrics else "–"
 
 
-CURRICULUM_NOTE = (
-    "The paper's row without a curriculum corresponds to `rest` itself, which has none. The last row adds the "
-    "published curriculum; a positive difference means that it helps. The paper removes it from its own full method, "
-    "so the two numbers answer the same question by different experiments."
-)
 METHOD_NOTE = """## How it is computed
 
 Intervals are 95 % Student intervals over seeds. They describe new seeds on this data, not new data. Intervals of shares

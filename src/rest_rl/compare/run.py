@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rest_rl.compare.grid import DEFAULT_REFERENCE, GRID_FILE, RUNS_FOLDER, Grid, read_grid
 from rest_rl.compare.jobs import Job, check_startable, make_jobs, run_jobs
+from rest_rl.compare.launch import Gpus, plan_launch
 from rest_rl.errors import UserError
 from rest_rl.runlog import SILENT, Observer, replace_file, unwritable_folder_error
 
@@ -25,7 +26,9 @@ def compare(
     overrides: Iterable[str] = (),
     reference: str | None = None,
     out: str | Path | None = None,
-    jobs: int = 2,
+    jobs: int | None = None,
+    gpus: Gpus | None = None,
+    launch: str = "",
     only_report: bool = False,
     dry_run: bool = False,
     observer: Observer = SILENT,
@@ -40,7 +43,9 @@ def compare(
         overrides: changes to the base run, such as `trl.max_steps=100`.
         reference: the baseline method.
         out: the folder for the runs, their logs and the page.
-        jobs: how many runs to train at a time. Ctrl-C stops them after their step, a second Ctrl-C at once.
+        jobs: how many runs to train at a time (default: one per GPU, or 2). Ctrl-C stops them after their step.
+        gpus: a number of GPUs, or their indices or UUIDs, to divide evenly among the runs at a time.
+        launch: a command that starts each run instead of Python, such as `accelerate launch --num_processes 4`.
         only_report: train nothing; only write the page about the finished runs.
         dry_run: train and write nothing; only pass a table of the planned runs to the observer.
         observer: receives messages and progress.
@@ -52,21 +57,20 @@ def compare(
     if only_report:
         saved = read_grid(folder / GRID_FILE, is_recorded=True) if (folder / GRID_FILE).is_file() else None
         return write_report(folder, saved, reference or (saved.reference if saved else DEFAULT_REFERENCE))
-    if jobs < 1:
-        raise UserError(f"--jobs is {jobs}", "1 or more", "pass a larger number")
+    planned_launch = plan_launch(jobs, gpus, launch)
     is_resumed = file == folder / GRID_FILE
     wanted = read_grid(
         file, methods=methods, seeds=seeds, base=base, overrides=overrides, reference=reference, is_recorded=is_resumed
     )
     planned = make_jobs(wanted, folder)
-    check_startable(planned)
+    check_startable(planned, planned_launch)
     if dry_run:
         observer.show_table("grid", ("method", "runs", "finished", "steps per run"), plan_rows(planned))
         return collect_report(folder, wanted, wanted.reference)
     whole = save_grid(wanted, folder)
     kept, plural = sum(job.state == "kept" for job in planned), "" if len(planned) == 1 else "s"
     observer.say(f"{len(planned)} run{plural} in {folder / RUNS_FOLDER}, {kept} already finished")
-    is_whole = run_jobs(planned, jobs, observer)
+    is_whole = run_jobs(planned, planned_launch, observer)
     if any(job.state in ("done", "kept") and job.name.method == wanted.reference for job in planned):
         result = write_report(folder, whole, wanted.reference)
     else:
