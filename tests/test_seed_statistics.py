@@ -169,19 +169,23 @@ def test_accuracies_at_equal_entropy_by_hand() -> None:
         1: ({1: 0.1, 2: 0.3}, {1: 0.2, 2: 0.9}),
         2: ({1: 0.1}, {}),
         3: ({1: 0.1}, {1: 1.0}),
+        4: ({1: 0.1, 2: 0.05}, {1: 1.0, 2: 1.0}),
     }
     theirs = {
         0: ({1: 0.5, 2: 0.4, 3: 0.2}, {1: 0.1, 2: 0.3, 3: 0.45}),
         1: ({1: 0.4, 3: 0.2}, {1: 0.1, 3: 0.3}),
         2: ({1: 0.1}, {1: 0.5}),
+        4: ({1: 0.3, 2: 0.2}, {1: 0.5, 2: 0.5}),
     }
     # seed 0: level .2, which ours crosses at step 2.5 and theirs reaches at its end: .5 and .45 (.6 and .45 at the end)
-    # seed 1: level .3, below which ours begins; theirs crosses it at step 2, between steps 1 and 3: .2 and .2
-    # seed 2 lacks a curve, seed 3 the baseline
+    # seed 1: level .3, at which ours ends; theirs crosses it at step 2, between steps 1 and 3: .9 and .2
+    # seed 2 lacks a curve, seed 3 the baseline; in seed 4 ours was never as uncertain as theirs at the end
     found = compare_at_equal_entropy(ours, theirs)
     assert found is not None
     assert found.entropy == pytest.approx(0.25)
-    assert (found.ours, found.theirs) == (pytest.approx(0.35), pytest.approx(0.325))
-    assert (found.paired.n, found.paired.difference.value) == (2, pytest.approx(0.025))
+    assert (found.ours, found.theirs) == (pytest.approx(0.7), pytest.approx(0.325))
+    assert (found.paired.n, found.paired.difference.value) == (2, pytest.approx(0.375))
     assert compare_at_equal_entropy({2: ours[2]}, theirs) is None
-    assert accuracy_at(0.3, {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.3}, {1: 0.0, 4: 0.6}) == pytest.approx(0.2)
+    # the entropy crosses .35 at steps 1.75, 2.5 and 3.5: the last one counts
+    assert accuracy_at(0.35, {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.3}, {1: 0.0, 4: 0.6}) == pytest.approx(0.5)
+    assert math.isnan(accuracy_at(0.6, {1: 0.5, 2: 0.3}, {1: 0.0, 2: 0.6}))

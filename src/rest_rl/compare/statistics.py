@@ -238,14 +238,16 @@ def compare_at_equal_entropy(
     has all of them.
     """
     # A sharper policy scores higher at temperature 1 even if it has learned nothing. So each seed compares the two runs
-    # at one entropy: the larger of their final entropies, which both reach.
+    # at one entropy: the larger of their final entropies. A run that was never so uncertain is left out.
     levels: dict[int, float] = {}
     pairs: dict[int, tuple[float, float]] = {}
     for seed in sorted(ours.keys() & theirs.keys()):
         if all((*ours[seed], *theirs[seed])):
             entropies = (ours[seed][0], theirs[seed][0])
-            levels[seed] = max(curve[max(curve)] for curve in entropies)
-            pairs[seed] = (accuracy_at(levels[seed], *ours[seed]), accuracy_at(levels[seed], *theirs[seed]))
+            level = max(curve[max(curve)] for curve in entropies)
+            pair = (accuracy_at(level, *ours[seed]), accuracy_at(level, *theirs[seed]))
+            if not any(map(math.isnan, pair)):
+                levels[seed], pairs[seed] = level, pair
     if not pairs:
         return None
     own, other = ({seed: pair[side] for seed, pair in pairs.items()} for side in (0, 1))
@@ -254,13 +256,16 @@ def compare_at_equal_entropy(
 
 
 def accuracy_at(level: float, entropies: Curve, accuracies: Curve) -> float:
-    # The accuracy where the entropy first falls to the level, between steps by linear interpolation. The level is
-    # at least the last entropy, so there is such a step.
+    # The accuracy at the last point at which the entropy was at the level, between steps by linear interpolation; NaN
+    # without such a point. The level is at least the last entropy. The entropy may rise before it falls, and an earlier
+    # point at the same level would compare a policy that has learned little.
     steps = sorted(entropies)
-    at = next(i for i, step in enumerate(steps) if entropies[step] <= level)
-    step = float(steps[at])
-    if at:
-        before, after = entropies[steps[at - 1]], entropies[steps[at]]
-        step -= (level - after) / (before - after) * (steps[at] - steps[at - 1])
+    at = next((i for i in reversed(range(len(steps))) if entropies[steps[i]] >= level), None)
+    if at is None:
+        return NAN
+    step, before = float(steps[at]), entropies[steps[at]]
+    if before > level:
+        after = entropies[steps[at + 1]]
+        step += (before - level) / (before - after) * (steps[at + 1] - steps[at])
     known = sorted(accuracies)
     return float(np.interp(step, known, [accuracies[each] for each in known]))
