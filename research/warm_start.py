@@ -1,6 +1,6 @@
 """Supervised training of the small tool-world model from scratch: the warm start for reinforcement learning.
 
-    python -m research.warm_start --out model                            the embedded model, in 8 minutes
+    OMP_NUM_THREADS=2 python -m research.warm_start --out model          the embedded model, in seven minutes
     python -m research.warm_start --set decision=call --out runs/call    the model of the second tool world
 
 Training has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean: correct

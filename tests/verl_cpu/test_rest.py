@@ -137,8 +137,10 @@ def test_weights_of_one_are_stock_grpo(tmp_path):
 # The same responses on TRL
 
 
-def test_trl_computes_the_same_update_from_the_same_responses(tmp_path, monkeypatch):
-    path = run_file(tmp_path, 2)
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_trl_computes_the_same_update_from_the_same_responses(tmp_path, monkeypatch, beta):
+    """With a KL term, too, which neither engine multiplies by the token weights; it is 0 in the first step."""
+    path = run_file(tmp_path, 2, trl={"beta": beta})
     run_cpu(["-m", f"{__package__}.variants", "recording", str(path)], tmp_path)
     folder = tmp_path / "run"
     batches = [torch.load(folder / f"batch-{step}.pt", weights_only=False) for step in (1, 2)]
@@ -152,6 +154,9 @@ def test_trl_computes_the_same_update_from_the_same_responses(tmp_path, monkeypa
     assert max(seen["rounding"]) < 1e-4  # nats by which the entropies of the two forward passes differ
     figures = read_rows(folder / "metrics.jsonl")
     logged = [row for row in trainer.state.log_history if "grad_norm" in row]
+    if beta:
+        assert figures[1]["actor/kl_loss"] == pytest.approx(logged[1]["kl"], rel=1e-3)
+        assert figures[1]["actor/kl_loss"] > 1e-6
     for ours, theirs in zip(figures, logged, strict=True):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         for name in ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy"):
@@ -198,6 +203,8 @@ def trl_on(
 
     def measured_on_verl(*arguments: Any, **settings: Any) -> Any:
         logps_BT, entropies_BT, *rest = forward(*arguments, **settings)
+        if entropies_BT is None:  # of the reference model
+            return (logps_BT, None, *rest)
         batch, rows = batches[len(seen["rows"]) - 1], seen["rows"][-1]
         theirs_BT, mask_BT = batch["entropy"][rows], batch["response_mask"][rows]
         seen["rounding"].append(float(((entropies_BT - theirs_BT) * mask_BT).abs().max()))
