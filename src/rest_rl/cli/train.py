@@ -40,9 +40,8 @@ RunFile = Annotated[str | None, typer.Argument(metavar="RUN.toml", help="run fil
 Model = Annotated[str | None, run_option("--model", "DIR_OR_ID", "model.path: model or adapter folder, or hub name")]
 Data = Annotated[str | None, run_option("--data", "FILE", "data.path: dialogues as a file, a folder or a hub dataset")]
 HeldOut = Annotated[str | None, run_option("--held-out", "FILE", "data.held_out: dialogues to evaluate on")]
-Preset = Annotated[
-    str | None, run_option("--preset", "P", "rest.preset: rest, rest_live, grpo, sft, ...; rest-rl presets lists all")
-]
+PRESET = "rest.preset: rest (the paper's method), rest_live (ours), authors-code (the published code), grpo, sft, ..."
+Preset = Annotated[str | None, run_option("--preset", "P", f"{PRESET}; rest-rl presets lists all")]
 Format = Annotated[
     str | None, run_option("--format", "F", "rest.format: tool-call format (default: auto, from the chat template)")
 ]
