@@ -85,7 +85,7 @@ def run_stock(batch: dict[str, Any], tokenizer: Any) -> None:
 def run_ours(batch: dict[str, Any], tokenizer: Any) -> None:
     tool_format = FORMATS["toolrl"]
     tracker = EntropyTracker(0.7)
-    tracker.update(torch.tensor([[9.0] * 6, [0.3, 0.5, 1.0, 3.0, 2.0, 2.0], [1.0] * 6]), step=0)
+    tracker.update(torch.tensor([[9.0] * 6, [0.3, 0.5, 1.0, 3.0, 2.0, 2.0], [1.0] * 6]), batch=0)
     compute_group_advantages(batch["rewards"], batch["groups"], "grpo")
     size = len(batch["groups"])
     scores = [{"format": 1.0, "accuracy": 1.0, "exact_match": 1.0, "call_rate": 1.0}] * size

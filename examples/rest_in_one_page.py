@@ -166,7 +166,7 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         # Only now: the weights of a step come from earlier steps, so that no response influences its own weight.
-        if (first := preset.weights.statistics_steps) == 0 or step < first:  # 0: a moving average over all steps
+        if (first := preset.weights.statistics_batches) == 0 or step < first:  # 0: a moving average over all steps
             known = smooth(known, measured, decay=1.0 if first else 0.7)
         history.append(sum(reward.accuracy for reward in rewards) / len(rewards))
         flat = zero_spread_mask(rewards_B, args.group).float().mean().item()

@@ -23,7 +23,7 @@ from rest_rl.weights import WeightConfig
 
 TABLE: dict[str, Any] = {
     "trl": {"num_generations": 8, "max_completion_length": 96, "learning_rate": 3e-4, "max_steps": 60},
-    "rest": {"weights": {"w_min": 0.25, "w_max": 4.0, "strength": 0.5}},
+    "rest": {"preset": "rest_live", "weights": {"w_min": 0.25, "w_max": 4.0, "strength": 0.5}},
 }
 Columns = Mapping[str, Callable[[int], Any]]
 
@@ -314,13 +314,15 @@ def test_supervised_training_may_lose_its_entropy() -> None:
 def test_a_weight_at_its_clip_is_due_to_the_curriculum_or_to_the_entropy() -> None:
     # strength 0.5, gain 0.6: shifts of 0.3 * (step - 1) / 59; what the rule puts at 3.9 is at 4 from step 21 on
     weights = {**TABLE["rest"]["weights"], "gain_reasoning": 0.6, "decay_format": 0.6}
-    table = {**TABLE, "rest": {"weights": weights}}
+    table = {**TABLE, "rest": {"preset": "rest_live", "weights": weights}}
 
     def find(region: str, weight: Callable[[int], float], changes: Mapping[str, Any] | None = None) -> Finding:
         rows = rows_of({f"rest/rule_weight/{region}": weight})
         rested = {**weights, **(changes or {})}
         return next(
-            f for f in diagnose(rows, (), {**table, "rest": {"weights": rested}}) if f.kind == "weight_at_its_clip"
+            f
+            for f in diagnose(rows, (), {**table, "rest": {"preset": "rest_live", "weights": rested}})
+            if f.kind == "weight_at_its_clip"
         )
 
     pushed = find("reasoning", lambda step: min(4.0, 3.9 + 0.3 * (step - 1) / 59))
@@ -339,6 +341,21 @@ def test_a_weight_at_its_clip_is_due_to_the_curriculum_or_to_the_entropy() -> No
     assert find("reasoning", constant(4.0), {"rule": "permuted"}).cause.startswith(
         "the rule `permuted` gave it the weight"
     )
+
+
+def test_weights_from_initial_entropies_may_stay_at_their_clip() -> None:
+    rows = rows_of({"rest/rule_weight/reasoning": constant(0.25)})
+    assert [finding.kind for finding in diagnose(rows, (), TABLE)] == ["weight_at_its_clip"]
+    weights = {**TABLE["rest"]["weights"], "entropies": "initial"}
+    assert diagnose(rows, (), {**TABLE, "rest": {"preset": "rest_live", "weights": weights}}) == []
+
+
+def test_a_policy_that_learns_to_refuse_is_no_finding() -> None:
+    """Fewer calls, and those on call turns as good as before."""
+    columns = {"rest/call_rate": falls(1.0, 0.8), "rest/accuracy": constant(0.7)}
+    assert "calls_fall" in [finding.kind for finding in diagnose(rows_of(columns), (), TABLE)]
+    kept = {**columns, "rest/accuracy_calls": constant(0.75)}
+    assert "calls_fall" not in [finding.kind for finding in diagnose(rows_of(kept), (), TABLE)]
 
 
 # Messages

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rest_rl.config import RunConfig, parse_recorded_run
+from rest_rl.config import RestTable, RunConfig, parse_recorded_run
 from rest_rl.errors import RenamedWarning, UserError
 from rest_rl.formats import FORMATS, get_format
 from rest_rl.presets import PRESETS, Preset, get_origin, get_preset, score_response
@@ -71,7 +71,7 @@ def test_the_share_of_the_accuracy_is_that_of_the_published_code() -> None:
         assert ours == pytest.approx(accuracy / (accuracy + well_formatted))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, "toolrl+think", "hermes+think"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_gives_gold_full_marks_or_refuses_the_format(preset: str, name: str) -> None:
     tool_format, reward = get_format(name), PRESETS[preset].reward
@@ -80,7 +80,12 @@ def test_a_preset_gives_gold_full_marks_or_refuses_the_format(preset: str, name:
             check_reward_rule(reward, tool_format)
         return
     check_reward_rule(reward, tool_format)
-    for gold in (Gold(CALL), Gold((*CALL, ToolCall("g", {"b": "x", "c": [True]}))), Gold(answer="It rains.")):
+    for gold in (
+        Gold(CALL),
+        Gold((ToolCall("f", {}),)),
+        Gold((*CALL, ToolCall("g", {"b": "x", "c": [True]}))),
+        Gold(answer="It rains."),
+    ):
         text = tool_format.render("a thought", gold.calls, gold.answer)
         for progress in (0.0, 1.0):
             found = score_response(text, gold, format=tool_format, preset=preset, progress=progress)
@@ -178,7 +183,7 @@ def test_a_micro_batch_is_normalized_by_the_mean_of_the_whole_batch() -> None:
 
 
 def test_unknown_values_are_user_errors() -> None:
-    for settings in ({"entropies": "frozen"}, {"normalization": "token"}, {"initial_steps": 0}):
+    for settings in ({"entropies": "frozen"}, {"normalization": "token"}, {"initial_batches": 0}):
         with pytest.raises(UserError, match=next(iter(settings))):
             WeightConfig(**settings)  # type: ignore[arg-type]
 
@@ -218,6 +223,8 @@ def test_the_name_paper_still_works_with_a_warning() -> None:
         assert RunConfig.from_toml('[rest]\npreset = "paper"').rest.preset == "rest"
     with pytest.warns(RenamedWarning, match="paper"):
         assert RunConfig.from_toml("", ["rest.preset=paper"]).rest.preset == "rest"
+    with pytest.warns(RenamedWarning, match="paper"):
+        assert RestTable(preset="paper").preset == "rest"
     assert all(get_origin(name) for name in PRESETS)
 
 
@@ -233,6 +240,11 @@ def test_a_run_recorded_before_the_presets_changed_keeps_its_method(tmp_path: Pa
     assert isinstance(weights, WeightConfig)
     assert (weights.entropies, weights.decay_format, weights.strength) == ("running", 0.3, 1.0)
     newer = PRESETS["rest"].weights
+    older_code = RunConfig.from_toml(
+        '[rest]\npreset = "authors-code"\nadvantage = "grpo"\n[rest.weights]\nrule = "authors-code"\n[trl]\nbeta = 0.1',
+        is_recorded=True,
+    )
+    assert dict(older_code.trl) == {"beta": 0.1, "delta": 1e9, "use_bias_correction_kl": True}
     recorded = RunConfig().to_toml()
     assert RunConfig.from_toml(recorded, is_recorded=True).rest.resolve().weights == newer
     assert parse_recorded_run(recorded, "")["rest"]["preset"] == "rest"

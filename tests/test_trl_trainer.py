@@ -105,7 +105,7 @@ def test_token_weights_change_the_run(tokenizer, tmp_path):
 def test_the_loss_is_the_clipped_surrogate_of_the_weighted_advantages(tokenizer, tmp_path):
     trainer = rest_trainer(tokenizer, tmp_path, preset="rest")
     totals_3R = torch.rand(3, NUM_REGIONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    trainer.tracker.update(totals_3R * torch.tensor([[1.0], [2.0], [1.0]]), step=0)
+    trainer.tracker.update(totals_3R * torch.tensor([[1.0], [2.0], [1.0]]), batch=0)
     trainer.current_gradient_accumulation_steps = 1
     trainer.state.max_steps, trainer.state.global_step = 3, 1
     inputs, logps_BT = batch_far_from_its_policy(trainer, tokenizer)
@@ -131,7 +131,7 @@ def test_the_loss_is_the_clipped_surrogate_of_the_weighted_advantages(tokenizer,
 
 def test_a_kl_term_is_added_without_weights(tokenizer, tmp_path):
     trainer = rest_trainer(tokenizer, tmp_path, preset="rest")
-    trainer.tracker.update(torch.rand(3, NUM_REGIONS, dtype=torch.float64), step=0)
+    trainer.tracker.update(torch.rand(3, NUM_REGIONS, dtype=torch.float64), batch=0)
     trainer.current_gradient_accumulation_steps = 1
     trainer.state.max_steps, trainer.state.global_step = 9, 6  # the statistics stay as they are
     inputs, logps_BT = batch_far_from_its_policy(trainer, tokenizer)
@@ -272,9 +272,9 @@ def test_the_tracker_forgets_by_its_decay_and_survives_json():
     first, second = torch.zeros(3, NUM_REGIONS, dtype=torch.float64), torch.zeros(3, NUM_REGIONS, dtype=torch.float64)
     first[:, Region.NAME] = torch.tensor([4.0, 8.0, 2.0])
     second[:, Region.NAME] = torch.tensor([2.0, 1.0, 0.5])
-    tracker.update(first, step=0)
-    tracker.update(second, step=1)
-    tracker.update(second * float("nan"), step=2)
+    tracker.update(first, batch=0)
+    tracker.update(second, batch=1)
+    tracker.update(second * float("nan"), batch=2)
     statistics = tracker.statistics()
     assert statistics.counts_R[Region.NAME] == 4.0  # 0.5 * 4 + 2
     assert statistics.entropies_R[Region.NAME] == 1.25  # (0.5 * 8 + 1) / 4
@@ -283,20 +283,23 @@ def test_the_tracker_forgets_by_its_decay_and_survives_json():
     statistics.counts_R.zero_()  # a rule may change what it is given
     assert tracker.statistics().counts_R[Region.NAME] == 4.0
     restored = EntropyTracker.from_state(json.loads(json.dumps(tracker.state())))
-    assert (restored.decay, restored.first_steps) == (0.5, 0)
+    assert (restored.decay, restored.first_batches) == (0.5, 0)
     assert torch.equal(restored.totals_3R, tracker.totals_3R)
 
 
-def test_initial_entropies_are_the_plain_mean_over_the_first_steps():
-    tracker = EntropyTracker(0.5, first_steps=2)
-    for step, (tokens, entropy) in enumerate([(4.0, 8.0), (2.0, 1.0), (100.0, 500.0)]):
+def test_initial_entropies_are_the_plain_mean_over_the_first_batches():
+    tracker = EntropyTracker(0.5, first_batches=2)
+    for batch, (tokens, entropy) in enumerate([(4.0, 8.0), (2.0, 1.0), (100.0, 500.0), (100.0, 700.0)]):
         sums_3R = torch.zeros(3, NUM_REGIONS, dtype=torch.float64)
         sums_3R[:, Region.NAME] = torch.tensor([tokens, entropy, 0.0])
-        tracker.update(sums_3R, step)
+        if batch >= 2:  # a region that comes later is measured once
+            sums_3R[:, Region.ANSWER] = torch.tensor([tokens, entropy, 0.0])
+        tracker.update(sums_3R, batch)
+    assert tracker.statistics().entropies_R[Region.ANSWER] == 5.0
     assert tracker.statistics().counts_R[Region.NAME] == 6.0  # no decay, and nothing of the third step
     assert tracker.statistics().entropies_R[Region.NAME] == 1.5  # (8 + 1) / (4 + 2)
     restored = EntropyTracker.from_state(json.loads(json.dumps(tracker.state())))
-    assert (restored.first_steps, restored.table) == (2, tracker.table)
+    assert (restored.first_batches, restored.table) == (2, tracker.table)
 
 
 # Metrics

@@ -66,7 +66,7 @@ def test_weights_and_metrics_equal_those_of_trl_on_the_same_responses(tmp_path, 
     trainer.on_weighed = seen.append
     trainer.train()
     assert len(seen) == len(batches) == trainer.state.max_steps == 3
-    tracker = EntropyTracker(trainer.args.entropy_decay, trainer.tracker.first_steps)
+    tracker = EntropyTracker(trainer.args.entropy_decay, trainer.tracker.first_batches)
     weigher = TokenWeighter(tokenizer, FORMATS["toolrl"], PRESETS[preset].weights)
     figures = [row for row in trainer.state.log_history if "rest/format" in row]
     for step, (weighed, (ids_BT, mask_BT), logged) in enumerate(zip(seen, batches, figures, strict=True), start=1):

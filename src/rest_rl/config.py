@@ -43,6 +43,9 @@ DEFAULT_RESPONSE_LIMIT = 1024
 # Default of `rest.entropy_decay`: close to the best value in every run we measured (docs/results.md).
 ENTROPY_DECAY = 0.7
 
+# A bound of the ratio so high that it never acts.
+NO_DUAL_CLIP = 1e9
+
 # Deprecated keys and the keys of the same table that replace them.
 RENAMED_KEYS = {
     "run.responses_per_step": "run.recorded_responses",
@@ -185,6 +188,8 @@ class RestTable(Table):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.preset in RENAMED_PRESETS:
+            object.__setattr__(self, "preset", get_preset(self.preset).name)
         # A field that the preset ignores must keep its default, or users would believe that it has an effect.
         rl_fields: dict[str, Any] = {"weights": {}, "reward": {}, "advantage": None, "entropy_decay": ENTROPY_DECAY}
         rl_fields |= {"progress_steps": 0, "resample_rounds": 0}
@@ -364,18 +369,23 @@ def parse_recorded_run(text: str, origin: str) -> dict[str, Any]:
 
 
 def translate_older_preset(tables: dict[str, Any]) -> dict[str, Any]:
-    # Before `weights.entropies` existed, all weights followed running entropies, and `rest` was today's `rest_live`.
-    # A recorded run contains every other field of its preset, so this is all that has to be added.
-    rest = tables.get("rest")
+    # Runs of earlier versions lack `resample_rounds`, which every recorded run has. Then all weights followed running
+    # entropies, `rest` was today's `rest_live`, `authors-code` had no dual clip, and TRL corrected the KL term. The
+    # other fields of a preset are recorded.
+    rest, trl = tables.get("rest"), tables.get("trl") or {}
     weights = rest.get("weights") if isinstance(rest, Mapping) else None
-    if not isinstance(rest, Mapping) or not isinstance(weights, Mapping):
+    if not isinstance(rest, Mapping) or not isinstance(weights, Mapping) or "resample_rounds" in rest:
         return tables
-    if "strength" not in weights or "entropies" in weights:  # not a rule with these fields, or a newer run
-        return tables
-    # Its curriculum tells the older `rest` from the older `paper`, which has been renamed to `rest` by now.
-    is_older_rest = rest.get("preset") == "rest" and not weights.get("decay_format")
-    name = "rest_live" if is_older_rest else rest.get("preset")
-    return {**tables, "rest": {**rest, "preset": name, "weights": {**weights, "entropies": "running"}}}
+    if rest.get("preset") == "authors-code":
+        trl = {"delta": NO_DUAL_CLIP, **trl}
+    if trl.get("beta"):
+        trl = {"use_bias_correction_kl": True, **trl}
+    if "strength" in weights:  # one of the package's own rules
+        # Its curriculum tells the older `rest` from the older `paper`, which has been renamed to `rest` by now.
+        is_older_rest = rest.get("preset") == "rest" and not weights.get("decay_format")
+        name = "rest_live" if is_older_rest else rest.get("preset")
+        rest = {**rest, "preset": name, "weights": {"entropies": "running", **weights}}
+    return {**tables, "rest": rest, "trl": trl}
 
 
 def rename_keys(tables: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:

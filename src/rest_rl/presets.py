@@ -196,7 +196,9 @@ def compute_token_weights(
     collisions: Tensor | Mapping[str, float] | None = None,
     regions_BT: Tensor | None = None,
 ) -> Tensor:
-    """Return the weight of every sampled token: mean 1 over each response, 0 where masked. Shape (B, T), float32.
+    """Return the weight of every sampled token, 0 where masked. Shape (B, T), float32.
+
+    The mean is 1 over each response, or over each turn or the batch if the rule's `normalization` says so.
 
     Multiply the advantages by these weights (`rest_rl.credit.weight_advantages`); your engine's loss stays unchanged.
 

@@ -168,18 +168,12 @@ class AuthorsReward:
         The published code reads the tags of `toolrl` and the key `parameters`. In any other format, training would
         reward the wrong text.
         """
-        from rest_rl.authors_code import HIGHEST_SCORES, authors_reward
-
-        for gold in EXAMPLE_GOLDS:
-            text = format.render("a thought", gold.calls, gold.answer)
-            wanted = (HIGHEST_SCORES[0], HIGHEST_SCORES[1] if gold.calls else 0.0)
-            if authors_reward(text, gold, 0) != wanted:
-                raise UserError(
-                    f"the reward of 'authors-code' gives gold responses in the format {format.name!r} less than full "
-                    "marks",
-                    "the format toolrl",
-                    "set rest.format = 'toolrl', or choose another preset",
-                )
+        if not _gets_full_marks(format):
+            raise UserError(
+                f"the reward of 'authors-code' gives gold responses in the format {format.name!r} less than full marks",
+                "the format toolrl",
+                "set rest.format = 'toolrl', or choose another preset",
+            )
 
     def __call__(self, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
         from rest_rl.authors_code import authors_reward, authors_step  # numpy, which no other reward needs
@@ -193,6 +187,18 @@ class AuthorsReward:
             ScoreFinding("value", f"published correctness score {correctness:g}", 0.0),
         )
         return Reward(well_formatted + correctness, well_formatted, correctness, findings)
+
+
+@cache  # `score_response` asks for every response
+def _gets_full_marks(tool_format: ToolFormat) -> bool:
+    from rest_rl.authors_code import HIGHEST_SCORES, authors_reward
+
+    best_format, best_call = HIGHEST_SCORES
+    return all(
+        authors_reward(tool_format.render("a thought", gold.calls, gold.answer), gold, 0)
+        == (best_format, best_call if gold.calls else 0.0)
+        for gold in EXAMPLE_GOLDS
+    )
 
 
 @cache

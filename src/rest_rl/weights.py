@@ -83,9 +83,9 @@ class WeightRule(Protocol):
     * `is_uniform` (False): the weights of all tokens of a response are always equal.
     * `is_normalized` (False): the weights are used as returned.
     * `normalization` ("response"): the tokens over which the weights are divided by their mean: those of a "response",
-      of each "turn" of it, or of the "batch".
-    * `statistics_steps` (0): 0 for moving averages over all previous steps; n > 0 for the plain mean over the first n
-      steps, which then stays fixed.
+      of each "turn" of it, or of the "batch" (for your own rule: of the micro-batch that it gets).
+    * `statistics_batches` (0): 0 for moving averages over all previous steps; n > 0 for the plain mean over the first n
+      batches of responses, which then stays fixed.
     * `region_weights(statistics, progress)`: the weight of each region before normalization, float64 (R,), for logs and
       plots; None if the rule does not weight regions by measured statistics.
     * `check(format, truncates)`: raises `UserError` if the rule does not support this format, or responses sampled with
@@ -158,9 +158,9 @@ def needs_entropies(rule: WeightRule) -> bool:
     return bool(getattr(rule, "needs_entropies", False))
 
 
-def get_statistics_steps(rule: WeightRule) -> int:
-    """Return the number of first steps over which the rule's statistics are measured; 0 for moving averages."""
-    return int(getattr(rule, "statistics_steps", 0))
+def get_statistics_batches(rule: WeightRule) -> int:
+    """Return the number of first batches over which the rule's statistics are measured; 0 for moving averages."""
+    return int(getattr(rule, "statistics_batches", 0))
 
 
 def is_uniform(rule: WeightRule) -> bool:
@@ -182,10 +182,10 @@ class WeightConfig:
     strength: float = 1.0
     """Exponent in [0, 1] (ours): 0 is GRPO, 1 the full rule."""
     entropies: Literal["running", "initial"] = "running"
-    """The measured entropies: `initial` is the mean over the first `initial_steps` steps, which then stays fixed (the
-    paper); `running` is a moving average over all previous steps (ours)."""
-    initial_steps: int = 5
-    """Number of steps over which `initial` entropies are measured (ours)."""
+    """The measured entropies: `initial` is the mean over the first `initial_batches` batches of responses, which then
+    stays fixed (the paper); `running` is a moving average over all previous steps (ours)."""
+    initial_batches: int = 5
+    """Number of batches over which `initial` entropies are measured (ours)."""
     normalization: Normalization = "response"
     """Weights have mean 1 over each `response` (the paper), over each `turn` of it, or over the `batch`. The options
     differ only if responses have several turns or different shares of the regions."""
@@ -222,8 +222,8 @@ class WeightConfig:
             raise UserError(problem, "0 < w_min <= 1 <= w_max", "change one of them")
         if not 0 < self.quantile <= 1:
             raise UserError(f"quantile is {self.quantile}", "a number in (0, 1]", "change it")
-        if self.initial_steps < 1:
-            raise UserError(f"initial_steps is {self.initial_steps}", "at least 1", "change it")
+        if self.initial_batches < 1:
+            raise UserError(f"initial_batches is {self.initial_batches}", "at least 1", "change it")
         for name, known in (("entropies", ("running", "initial")), ("normalization", get_args(Normalization))):
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"{name} is {value!r}", f"one of {', '.join(known)}", "change it")
@@ -262,8 +262,8 @@ class WeightConfig:
         return self.rule == "top_entropy"
 
     @property
-    def statistics_steps(self) -> int:
-        return self.initial_steps if self.entropies == "initial" else 0
+    def statistics_batches(self) -> int:
+        return self.initial_batches if self.entropies == "initial" else 0
 
     @property
     def is_uniform(self) -> bool:

@@ -88,7 +88,7 @@ def test_a_killed_run_on_two_ranks_resumes(tmp_path):
     assert all(row["training/rollout_probs_diff_max"] < 1e-4 for row in whole.metrics)
     # The third step is weighted by the statistics of the two steps before it.
     rest = RunConfig.from_toml(whole.config).rest
-    tracker = EntropyTracker(rest.entropy_decay, first_steps=5)
+    tracker = EntropyTracker(rest.entropy_decay, first_batches=5)
     tracker.table = json.loads((folder / "checkpoints" / "global_step_2" / "rest.json").read_text(encoding="utf-8"))
     weights_R = region_weights(tracker.statistics(), rest.resolve().weights)
     recorded = whole.metrics[2]["rest/rule_weight/name"]  # which the curriculum does not change

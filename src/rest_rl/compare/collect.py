@@ -266,7 +266,7 @@ def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport
         primary=primary,
         lines=compare_methods(runs, reference, primary, curves),
         unfinished=unfinished,
-        unequal=tuple(find_unequal_settings(runs)),
+        unequal=tuple(find_unequal_settings(runs, grid)),
         counted_on=counted_on,
         headlines=headlines,
     )
@@ -432,11 +432,12 @@ def compare_all_at_equal_entropy(
     }
 
 
-def find_unequal_settings(runs: Sequence[FinishedRun]) -> list[str]:
-    # One line per difference between runs of one warm start, other than method and seed. There should be none. The
-    # digest covers the samples that a run trained on, which must be equal for all methods of a seed.
+def find_unequal_settings(runs: Sequence[FinishedRun], grid: Grid | None) -> list[str]:
+    # One line per difference between runs of one warm start, other than seed and what the methods change. There should
+    # be none. The digest covers the samples that a run trained on, which must be equal for all methods of a seed.
     found = []
-    free = (*SEED_KEYS, *MONITORING_KEYS)
+    changed_by_methods = {key for changes in (grid.methods if grid else {}).values() for key in flatten(changes)}
+    free = (*SEED_KEYS, *MONITORING_KEYS, *changed_by_methods)
     for start in dict.fromkeys(run.name.start for run in runs):
         peers = [run for run in runs if run.name.start == start]
         shared = {str(run.name): {"steps": run.run.summary.get("steps")} for run in peers}

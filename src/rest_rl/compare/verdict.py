@@ -11,7 +11,7 @@ from rest_rl.statistics import SIGNIFICANCE_LEVEL, Interval
 
 FEW_SEEDS = 3
 RELEVANT_DIFFERENCE = 0.03  # the smallest difference in exact match that a grid should be able to detect
-METHODS_WITH_OWN_REWARD = ("grpo-static", "authors-code")
+METHODS_WITH_OWN_REWARD = ("grpo-static", "rest-no-dynamic-reward", "authors-code")
 
 
 def build_verdict(report: ComparisonReport) -> tuple[Statement, ...]:
@@ -58,7 +58,8 @@ def start_statements(report: ComparisonReport, reference: MethodResult) -> Itera
     yield from control_statements(report, judged, significant)
     yield from gain_statements(report, reference)
     if any(line.method in METHODS_WITH_OWN_REWARD for line in significant):
-        text = "`grpo-static` and `authors-code` have their own rewards: their differences are not due to weights only."
+        names = " and ".join(f"`{line.label}`" for line in significant if line.method in METHODS_WITH_OWN_REWARD)
+        text = f"The rewards differ too, so the differences of {names} are not due to the weights only."
         yield Statement("own_reward", text)
 
 

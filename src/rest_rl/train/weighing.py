@@ -40,21 +40,26 @@ class EntropyTracker(TrainerCallback, ExportableState):
     processes of the step. With sums instead of means, a region with few tokens changes its average little, a region
     without tokens keeps it, and the first step needs no bias correction.
 
-    If `first_steps` is above 0, the sums are those of the first so many steps, without decay, and then stay fixed.
+    If `first_batches` is above 0, the sums are those of the first so many batches of responses, without decay, and then
+    stay fixed. A region without tokens in these batches is measured in the first step in which it has some.
     """
 
-    def __init__(self, decay: float, first_steps: int = 0) -> None:
-        self.decay, self.first_steps = decay, first_steps
+    def __init__(self, decay: float, first_batches: int = 0) -> None:
+        self.decay, self.first_batches = decay, first_batches
         self.totals_3R = torch.zeros(3, NUM_REGIONS, dtype=torch.float64)
 
-    def update(self, sums_3R: Tensor, step: int) -> None:
+    def update(self, sums_3R: Tensor, batch: int) -> None:
         """Add one optimizer step, summed over all processes; sums that are not finite are ignored.
 
-        `step` is the number of steps before this one.
+        `batch` is the number of batches of responses before that of this step.
         """
-        if torch.isfinite(sums_3R).all() and not 0 < self.first_steps <= step:
-            decay = 1.0 if self.first_steps else self.decay
-            self.totals_3R = decay * self.totals_3R + sums_3R.cpu()
+        if not torch.isfinite(sums_3R).all():
+            return
+        if not self.first_batches:
+            self.totals_3R = self.decay * self.totals_3R + sums_3R.cpu()
+            return
+        is_measured_R = (self.totals_3R[COUNTS] > 0) & (batch >= self.first_batches)
+        self.totals_3R = self.totals_3R + sums_3R.cpu().masked_fill(is_measured_R, 0.0)
 
     def statistics(self) -> RegionStatistics | None:
         """Return the statistics of all steps so far, NaN for regions without tokens; None before the first step."""
@@ -79,7 +84,7 @@ class EntropyTracker(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Return the state that `Trainer` writes to trainer_state.json."""
         return {
-            "args": {"decay": self.decay, "first_steps": self.first_steps},
+            "args": {"decay": self.decay, "first_batches": self.first_batches},
             "attributes": {"table": self.table},
         }
 
@@ -151,9 +156,9 @@ class WeightedTokens(NamedTuple):
 
     regions_BT: Tensor
     weights_BT: Tensor
-    """float32, mean 1 over each response's unmasked tokens."""
+    """float32, with mean 1 over what the rule normalizes: by default each response's unmasked tokens."""
     rule_weights_R: Tensor | None
-    """The region weights before normalization per response; None if the rule has no region weights."""
+    """The region weights before normalization; None if the rule has no region weights."""
 
 
 @dataclass(frozen=True)

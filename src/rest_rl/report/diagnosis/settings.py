@@ -40,7 +40,8 @@ class DiagnosisSettings:
     is_half_precision: bool = False
     """Whether the run uses float16, where the loss scale may skip steps."""
     weight_clip: tuple[float, float] | None = None
-    """Minimum and maximum weight of a region; None if the rule is not the package's own."""
+    """Minimum and maximum weight of a region. None if the rule is not the package's own, or if its entropies are the
+    initial ones: then the weights are meant to start at the bounds, and only the curriculum moves them."""
     strength: float | None = None
     curriculum_shifts: Mapping[str, float] = field(default_factory=dict)
     """How far the curriculum has moved the weight of a region at the end of the run; only regions that it moves."""
@@ -67,6 +68,7 @@ class DiagnosisSettings:
         def number(name: str) -> float | None:
             return float(trl[name]) if has_finite_square(trl.get(name)) else None
 
+        is_fixed = rule is not None and rule.entropies == "initial"
         w_min, w_max, strength = (getattr(rule, name, None) for name in ("w_min", "w_max", "strength"))
         max_length, max_norm = number("max_completion_length"), number("max_grad_norm")
         shifts = {
@@ -81,7 +83,7 @@ class DiagnosisSettings:
             max_norm=cls.max_norm if max_norm is None else max_norm,
             beta2=number("adam_beta2") or cls.beta2,
             is_half_precision=trl.get("fp16") is True,
-            weight_clip=None if w_min is None or w_max is None else (w_min, w_max),
+            weight_clip=None if w_min is None or w_max is None or is_fixed else (w_min, w_max),
             strength=strength,
             curriculum_shifts={label: shift for label, shift in shifts.items() if shift},
             is_shuffled=rule is not None and rule.rule == "permuted",

@@ -132,13 +132,17 @@ def format_falls(history: History, settings: DiagnosisSettings) -> Symptom | Non
 
 
 def calls_fall(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    # Fewer calls are no problem if accuracy rose: some prompts need none. A falling format is reported separately.
+    # Fewer calls are no problem if accuracy rose, or if that of call turns did not fall: some prompts need no call. A
+    # falling format is reported separately.
     fall = history.find_fall("rest/call_rate", settings.most_groups_threshold)
     if not fall:
         return None
     best, now = fall
     accuracy, before = (history.window_ending_at("rest/accuracy", mean.last) for mean in (now, best))
     if (accuracy and before and accuracy.is_above(before, history.threshold)) or format_falls(history, settings):
+        return None
+    on_calls, before_on_calls = (history.window_ending_at("rest/accuracy_calls", mean.last) for mean in (now, best))
+    if on_calls and before_on_calls and on_calls.value >= before_on_calls.value:
         return None
     gained = f", S_acc {format_change(before, accuracy)}" if accuracy and before else ""
     return Symptom(

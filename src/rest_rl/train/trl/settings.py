@@ -58,6 +58,7 @@ def make_trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfi
         "disable_tqdm": True,
         "report_to": [],
         "logging_steps": 1,
+        "trust_remote_code": config.model.trust_remote_code,  # for the reference model of a KL term
         **method_fields(config),
         **table,
     }

@@ -6,10 +6,10 @@ scaling a token's advantage by w scales its clipped surrogate by w.
 
 Region statistics: the weights of step k are computed from an average of the entropy sums per region, taken over steps
 before k, all micro-batches and all processes (`EntropyTracker`): a moving average, or for `entropies = "initial"` the
-mean over the first steps. The statistics need no extra forward pass
-and are equal in all processes, so the result depends neither on gradient accumulation nor on the number of processes.
-In the first step no entropy has been measured, and all regions count as equally uncertain. With num_iterations > 1,
-every optimizer step updates the average, including a second step on the same responses.
+mean over the first batches of responses. The statistics need no extra forward pass and are equal in all processes, so
+region weights depend neither on gradient accumulation nor on the number of processes. In the first step no entropy has
+been measured, and all regions count as equally uncertain. With num_iterations > 1, every optimizer step updates the
+average, including a second step on the same responses.
 
 Using earlier steps costs little. In three runs on the tool world (60 steps, batches of 32 and 64, learning rates 3e-4
 and 1e-3) the average with decay 0.7 differed from the mean entropy of the weighted step by 0.07 to 0.12 nats (RMS over
@@ -35,7 +35,7 @@ from rest_rl.credit import AdvantageKind, weight_advantages
 from rest_rl.errors import UserError
 from rest_rl.formats import format_name, get_format
 from rest_rl.objects import UserObject, find_address
-from rest_rl.presets import PRESETS, Preset
+from rest_rl.presets import PRESETS, RENAMED_PRESETS, Preset, get_preset
 from rest_rl.response import NUM_REGIONS
 from rest_rl.rewards import check_reward_rule
 from rest_rl.train.policy import load_tokenizer
@@ -53,7 +53,7 @@ from rest_rl.train.weighing import (
     sum_by_region,
     sum_surprise,
 )
-from rest_rl.weights import WeightRule, get_statistics_steps, is_uniform, needs_entropies, scale_to_mean_one
+from rest_rl.weights import WeightRule, get_statistics_batches, is_uniform, needs_entropies, scale_to_mean_one
 
 # Keys in TRL's batch: the regions of the tokens, and the tokens by region of the whole batch, repeated for every row.
 REGION_LABELS, REGION_COUNTS = "regions", "region_counts"
@@ -87,13 +87,14 @@ class EpochOrder(Sampler[int]):
 FROM_PRESET = "preset"
 
 # TRL's settings for each kind of advantage. For `weighted_token_mean`, the trainer also divides the weights by their
-# mean over the micro-batch. One departure from DAPO: groups whose rewards are all equal are replaced only with
-# `resample_rounds`. They have no gradient, but their tokens count in the token mean.
+# mean over the micro-batch: with `bnpo`, the token mean of each micro-batch, this is sum w l / sum w of each. One
+# departure from DAPO: groups whose rewards are all equal are replaced only with `resample_rounds`. Otherwise they have
+# no gradient, but their tokens count in the token mean.
 TRL_SETTINGS: Mapping[AdvantageKind, Mapping[str, str]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "dapo": {"loss_type": "dapo", "scale_rewards": "group"},
-    "weighted_token_mean": {"loss_type": "dapo", "scale_rewards": "group"},
+    "weighted_token_mean": {"loss_type": "bnpo", "scale_rewards": "group"},
 }
 
 
@@ -134,6 +135,8 @@ class ResTConfig(GRPOConfig):
         super().__post_init__()
         if isinstance(self.preset, Preset):
             self._record_preset(self.preset)
+        elif self.preset in RENAMED_PRESETS:
+            self.preset = get_preset(self.preset).name
         self.tool_format = format_name(self.tool_format)
         method = self.method()
         get_format(self.tool_format)
@@ -243,6 +246,8 @@ def sampled_mask(batch: Mapping[str, Any]) -> Tensor:
 class ResTTrainer(ResamplingTrainer):
     """`GRPOTrainer` with advantages weighted by region; with weights of 1, the results are bit-identical to TRL's.
 
+    One default differs from TRL's: `use_bias_correction_kl` is False, which matters only with a KL term.
+
     Without `reward_funcs`, the trainer uses the preset's rule reward, which reads the dataset's `gold` column
     (see `build_training_dataset`). In addition to TRL's metrics it logs, from the first step on:
 
@@ -312,7 +317,7 @@ class ResTTrainer(ResamplingTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.add_callback(EntropyTracker(args.entropy_decay, get_statistics_steps(self._method.weights)))
+        self.add_callback(EntropyTracker(args.entropy_decay, get_statistics_batches(self._method.weights)))
         self.on_generated: Callable[[Tensor], None] | None = None
         self.on_weighed: Callable[[WeightedBatch], None] | None = None
         self._microbatch: _MicroBatch | None = None
@@ -443,7 +448,7 @@ class ResTTrainer(ResamplingTrainer):
         for name, value in figures.items():
             metrics[name].append(value)
         if self._training:
-            self.tracker.update(sums_4R[:3], self.state.global_step)
+            self.tracker.update(sums_4R[:3], self.state.global_step // optimizer_steps_per_batch(self.args))
 
     # The surprise check compares sampler and loss. It is valid only for the policy that sampled, in the first step on a
     # batch, and only if no response was masked for its length or replaced because of its reward: both depend on the

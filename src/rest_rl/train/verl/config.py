@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trl import GRPOConfig
 
-from rest_rl.config import AUTO, RunConfig, parse_toml, read_asset
+from rest_rl.config import AUTO, NO_DUAL_CLIP, RunConfig, parse_toml, read_asset
 from rest_rl.errors import UserError
 from rest_rl.formats import get_format
 from rest_rl.presets import Preset
@@ -106,11 +106,7 @@ def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = Fal
         f"{ACTOR}.clip_ratio_low": low,
         f"{ACTOR}.clip_ratio_high": high if trl["epsilon_high"] is None else trl["epsilon_high"],
         # Without `delta` TRL has no such bound, verl always has one.
-        f"{ACTOR}.clip_ratio_c": trl["delta"] or method.delta or 1e9,
-        # TRL's KL term, which the token weights do not multiply: exp(d) - d - 1 with d = log(p_ref / p).
-        f"{ACTOR}.use_kl_loss": trl["beta"] != 0,
-        f"{ACTOR}.kl_loss_coef": trl["beta"],
-        f"{ACTOR}.kl_loss_type": "low_var_kl",
+        f"{ACTOR}.clip_ratio_c": trl["delta"] or method.delta or NO_DUAL_CLIP,
         f"{ACTOR}.ppo_max_token_len_per_gpu": max(16384, job.prompt_tokens + trl["max_completion_length"]),
         "data.max_prompt_length": job.prompt_tokens,
         f"{MODEL}.trust_remote_code": config.model.trust_remote_code,
@@ -118,6 +114,9 @@ def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = Fal
         f"{ROLLOUT}.val_kwargs.n": config.eval.samples_per_prompt,
         "trainer.experiment_name": Path(config.run.out).name,
     }
+    if trl["beta"]:  # TRL's KL term: exp(d) - d - 1 with d = log(p_ref / p); the token weights do not multiply it
+        kl = {"use_kl_loss": True, "kl_loss_coef": trl["beta"], "kl_loss_type": "low_var_kl"}
+        values |= {f"{ACTOR}.{name}": value for name, value in kl.items()}
     if not megatron:
         values[f"{ACTOR}.strategy"] = "fsdp2"
     if config.peft:

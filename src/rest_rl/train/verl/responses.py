@@ -33,7 +33,7 @@ from rest_rl.train.weighing import (
     sum_by_region,
     sum_surprise,
 )
-from rest_rl.weights import get_statistics_steps
+from rest_rl.weights import get_statistics_batches
 
 # The module that registers the trainer and the advantage estimator.
 PLUGIN = "rest_rl.train.verl.plugin"
@@ -65,7 +65,7 @@ def parse_run(text: str) -> tuple[RunTable, Preset, ToolFormat, EntropyTracker]:
     config = RunConfig.from_toml(text)
     rest = config.rest
     method = rest.resolve()
-    tracker = EntropyTracker(rest.entropy_decay, get_statistics_steps(method.weights))
+    tracker = EntropyTracker(rest.entropy_decay, get_statistics_batches(method.weights))
     return config.run, method, get_format(rest.format), tracker
 
 
