@@ -90,7 +90,9 @@ def test_a_resumed_run_does_not_repeat_its_findings(
 
 
 def test_a_learning_rate_that_is_too_high(run_file: Path, tmp_path: Path) -> None:
-    kinds = found(run_file, tmp_path / "run", "trl.learning_rate=0.3")
+    shares = ("rest.reward.accuracy_share_start=0.3", "rest.reward.accuracy_share_end=0.8")
+    settings = ("trl.learning_rate=0.3", "rest.preset=rest_live", *shares)
+    kinds = found(run_file, tmp_path / "run", *settings)
     assert set(kinds) == {"no_spread", "truncated"}
     assert "the policy has become verbose or forgets to end" in kinds["truncated"]
     assert "hit the length limit of 20 tokens" in kinds["no_spread"]
@@ -105,7 +107,8 @@ def test_responses_from_another_distribution(run_file: Path, tmp_path: Path) -> 
 
 
 def test_a_clip_that_is_too_narrow(run_file: Path, tmp_path: Path) -> None:
-    kinds = found(run_file, tmp_path / "run", "rest.weights.w_min=0.99", "rest.weights.w_max=1.01")
+    narrow = ("rest.preset=rest_live", "rest.weights.w_min=0.99", "rest.weights.w_max=1.01")
+    kinds = found(run_file, tmp_path / "run", *narrow)
     assert set(kinds) == {"weight_at_its_clip"}
 
 

@@ -90,7 +90,7 @@ def test_a_full_disk_at_a_checkpoint_is_reported_and_the_run_can_resume(tables: 
     assert model < size < optimizer
     command = [sys.executable, "-c", LIMITED, str(size), "train", str(whole / "config.toml"), "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "(File too large)" in done.stderr
     assert "continue with --resume" in done.stderr
     assert train(out=folder, resume=True).steps == 4
