@@ -18,6 +18,8 @@ def init_each_backend_once(backend: str | None = None, **settings: Any) -> None:
 
 
 torch.distributed.init_process_group = init_each_backend_once
+# verl offloads the reference model of a KL term to pinned memory, which only an accelerator has.
+torch.Tensor.pin_memory = lambda self, *_: self
 
 
 class CpuModule(ModuleType):

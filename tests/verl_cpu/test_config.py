@@ -48,11 +48,13 @@ def test_verl_accepts_every_recipe(path: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["rest", "rest_live", "authors-code", "grpo", "dr_grpo", "dapo"])
 def test_every_preset(preset: str) -> None:
-    verl = composed(f"rest.preset={preset}", "rest.format=hermes")
+    verl = composed(f"rest.preset={preset}", "rest.format=toolrl")
     assert verl.algorithm.adv_estimator == "rest_group"
     assert verl.actor_rollout_ref.actor.loss_scale_factor == (100 if preset == "dr_grpo" else None)
     actor = verl.actor_rollout_ref.actor  # verl's own YAML: the objective has no other terms
     assert (actor.use_kl_loss, actor.entropy_coeff, verl.algorithm.use_kl_in_reward) == (False, 0, False)
+    with_kl = composed(f"rest.preset={preset}", "rest.format=toolrl", "trl.beta=0.003").actor_rollout_ref.actor
+    assert (with_kl.use_kl_loss, with_kl.kl_loss_coef, with_kl.kl_loss_type) == (True, 0.003, "low_var_kl")
 
 
 @pytest.mark.parametrize(

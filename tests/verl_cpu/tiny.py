@@ -37,6 +37,7 @@ CPU_SETTINGS: dict[str, Any] = {
             "strategy": "fsdp2",  # torch refuses FSDP1 for parameters on a CPU
             "fsdp_config": {"use_torch_compile": False, "mixed_precision": {"+param_dtype": "fp32"}},
         },
+        "ref": {"fsdp_config": {"use_torch_compile": False, "mixed_precision": {"+param_dtype": "fp32"}}},
         "rollout": {"name": "hf", "tensor_model_parallel_size": 1, "agent": {"num_workers": 1}},
     },
     "data": {"dataloader_num_workers": 0},
