@@ -366,6 +366,22 @@ def test_every_rule_trains(tokenizer, tmp_path, rule):
     assert sum(share * weight for share, weight in parts if share) == pytest.approx(1, abs=1e-6)
 
 
+def test_weights_normalized_over_the_batch_have_mean_one_over_all_micro_batches(tokenizer, tmp_path):
+    seen = []
+    settings = {"normalization": "batch", "rule": "constant"}
+    trainer = rest_trainer(
+        tokenizer, tmp_path, weights=settings, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    trainer.on_weighed = seen.append
+    trainer.train()
+    assert len(seen) == 2
+    masks = [batch.weights_BT > 0 for batch in seen]
+    means = [batch.weights_BT[mask].double().mean().item() for batch, mask in zip(seen, masks, strict=True)]
+    counts = [int(mask.sum()) for mask in masks]
+    assert sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts) == pytest.approx(1)
+    assert means != pytest.approx([1, 1], abs=1e-4)
+
+
 def test_a_dropped_region_has_no_gradient(tokenizer, tmp_path):
     trainer = trained(rest_trainer(tokenizer, tmp_path, preset="grpo", weights={"dropped": ["reasoning"]}, max_steps=1))
     row = logged_steps(trainer)[0]

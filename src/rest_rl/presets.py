@@ -71,8 +71,8 @@ _REST = WeightConfig(
     gain_arguments=0.35,  # a_p: not published; ours
     gain_reasoning=0.35,  # a_t: not published; ours
 )
-# No schedule: the weights follow the moving averages of the entropies. The strength is low, because twice the strength
-# costs accuracy on tasks in which the reasoning determines the calls (docs/results.md).
+# No schedule: the weights follow the moving averages of the entropies. The strength is low, because in an earlier study
+# twice the strength scored lower at temperature 1 where the reasoning determines the calls (docs/results.md).
 _REST_LIVE = WeightConfig(strength=0.25, w_min=0.25, w_max=4.0)
 # The baselines use the same reward as `rest`, so that a comparison with them isolates the token weights.
 _REWARD = RewardConfig()

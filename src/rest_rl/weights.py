@@ -126,14 +126,11 @@ def apply_weight_rule(
         warn_renamed("the attribute is_normalised of weight rules", "is_normalized")
     if getattr(rule, "is_normalized", old_name):
         return weights_BT.float()
-    kind = getattr(rule, "normalization", "response")
+    kind = get_normalization(rule)
     if kind == "turn":
         return normalize_by_turn(weights_BT, batch.mask_BT)
     if kind == "batch":
         return scale_to_mean_one(weights_BT, batch.mask_BT, _global_mean(rule, batch, statistics, progress))
-    if kind != "response":
-        problem = f"the weight rule {display_name(rule)} has normalization {kind!r}"
-        raise UserError(problem, "response, turn or batch", "correct it")
     return normalize_weights(weights_BT, batch.mask_BT)
 
 
@@ -156,6 +153,15 @@ def get_region_weights(rule: WeightRule, statistics: RegionStatistics | None, pr
 def needs_entropies(rule: WeightRule) -> bool:
     """Whether the rule reads the entropies of the batch that it weights."""
     return bool(getattr(rule, "needs_entropies", False))
+
+
+def get_normalization(rule: WeightRule) -> Normalization:
+    """Return the tokens over which the rule's weights have mean 1; UserError for an unknown value."""
+    kind: Normalization = getattr(rule, "normalization", "response")
+    if kind not in get_args(Normalization):
+        problem = f"the weight rule {display_name(rule)} has normalization {kind!r}"
+        raise UserError(problem, "response, turn or batch", "correct it")
+    return kind
 
 
 def get_statistics_batches(rule: WeightRule) -> int:
@@ -445,16 +451,13 @@ def normalize_by_turn(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """
     import torch
 
-    is_token_BT = mask_BT.bool()
-    starts_BT = is_token_BT & ~torch.nn.functional.pad(is_token_BT, (1, 0))[:, :-1]
-    turns_BT = starts_BT.cumsum(-1)  # 1 for the first turn; masked tokens count too, but have weight 0
-    shape = (len(mask_BT), int(turns_BT.max()) + 1 if mask_BT.numel() else 1)
-    weights_BT, ones_BT = weights_BT.double() * is_token_BT, is_token_BT.double()
-    sums_BK, counts_BK = (
-        torch.zeros(shape, dtype=torch.float64).scatter_add_(1, turns_BT, values) for values in (weights_BT, ones_BT)
-    )
-    means_BK = sums_BK / counts_BK.clamp_min(1)
-    return (weights_BT / torch.where(means_BK > 0, means_BK, 1.0).gather(1, turns_BT)).float()
+    from rest_rl.regions import find_turns
+
+    result_BT = torch.zeros(weights_BT.shape)
+    for row, start, end in zip(*find_turns(mask_BT.cpu().numpy().astype(bool)), strict=True):
+        turn = (slice(row, row + 1), slice(start, end))
+        result_BT[turn] = normalize_weights(weights_BT[turn], mask_BT[turn])
+    return result_BT
 
 
 def scale_to_mean_one(weights_BT: Tensor, mask_BT: Tensor, mean: float | None = None) -> Tensor:

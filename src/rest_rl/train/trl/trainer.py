@@ -53,7 +53,14 @@ from rest_rl.train.weighing import (
     sum_by_region,
     sum_surprise,
 )
-from rest_rl.weights import WeightRule, get_statistics_batches, is_uniform, needs_entropies, scale_to_mean_one
+from rest_rl.weights import (
+    WeightRule,
+    get_normalization,
+    get_statistics_batches,
+    is_uniform,
+    needs_entropies,
+    scale_to_mean_one,
+)
 
 # Keys in TRL's batch: the regions of the tokens, and the tokens by region of the whole batch, repeated for every row.
 REGION_LABELS, REGION_COUNTS = "regions", "region_counts"
@@ -344,11 +351,12 @@ class ResTTrainer(ResamplingTrainer):
         batch = super()._generate_and_score_completions(inputs)
         mask_BT = sampled_mask(batch)
         regions_BT = self._weighter.tag(batch["completion_ids"], mask_BT)
-        counts_R = torch.bincount(regions_BT[mask_BT.bool().cpu()], minlength=NUM_REGIONS).double()
-        counts_BR = self._sum_over_processes(counts_R).expand(len(regions_BT), -1)
+        if get_normalization(self._weighter.rule) == "batch":
+            counts_R = torch.bincount(regions_BT[mask_BT.bool().cpu()], minlength=NUM_REGIONS).double()
+            batch[REGION_COUNTS] = self._sum_over_processes(counts_R).expand(len(regions_BT), -1)
         if self.on_generated is not None:
             self.on_generated(batch[RESPONSE_INDEX])
-        return {**batch, REGION_LABELS: regions_BT, REGION_COUNTS: counts_BR}
+        return {**batch, REGION_LABELS: regions_BT}
 
     # The override. `inputs` is a micro-batch from TRL's buffer, which num_iterations > 1 reads again: it is copied, and
     # only the copy gets the weighted advantages (B, T) in place of (B,). `super()` then computes TRL's own loss, so
