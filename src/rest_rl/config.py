@@ -183,6 +183,9 @@ class RestTable(Table):
     this key, so that progress stays at 1 in the added steps."""
     resample_rounds: NonNegativeInt = 0
     """Rounds in which groups with equal rewards are replaced by groups for other prompts (DAPO's dynamic sampling)."""
+    share_prompts: bool = True
+    """Whether to compute each prompt once per group of responses where the model allows it: the same gradients in less
+    time (docs/training.md). The verl engine ignores it."""
     region_weights: Mapping[str, float] = field(default_factory=dict)
     """Loss weights of a supervised preset by region, for example `name = 2.0`; 1 for the others."""
 
@@ -192,7 +195,7 @@ class RestTable(Table):
             object.__setattr__(self, "preset", get_preset(self.preset).name)
         # A field that the preset ignores must keep its default, or users would believe that it has an effect.
         rl_fields: dict[str, Any] = {"weights": {}, "reward": {}, "advantage": None, "entropy_decay": ENTROPY_DECAY}
-        rl_fields |= {"progress_steps": 0, "resample_rounds": 0}
+        rl_fields |= {"progress_steps": 0, "resample_rounds": 0, "share_prompts": True}
         supervised_fields: dict[str, Any] = {"region_weights": {}}
         for name, default in (rl_fields if self.is_supervised else supervised_fields).items():
             if (value := getattr(self, name)) != default:
@@ -288,7 +291,7 @@ class RunConfig:
             # A supervised preset ignores some fields and rejects any value of them but the default. If a later version
             # changed a default, it would reject the old default in a recorded run, so we record no value.
             method: dict[str, Any] = {"region_weights": self.rest.loss_weights(), "entropy_decay": None}
-            method |= {"progress_steps": None, "resample_rounds": None}
+            method |= {"progress_steps": None, "resample_rounds": None, "share_prompts": None}
         else:
             preset = preset_to_table(self.rest.resolve())
             method = {name: preset[name] for name in ("advantage", "weights", "reward") if name in preset}

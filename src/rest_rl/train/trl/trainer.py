@@ -42,6 +42,7 @@ from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.record import RESPONSE_INDEX, WeightedBatch
 from rest_rl.train.reward import compute_progress, get_stop_ids, make_tool_reward, refuse_non_finite
 from rest_rl.train.trl.resample import ResamplingTrainer, check_resampling, check_resampling_data
+from rest_rl.train.trl.shared_prompts import SharedPromptTrainer
 from rest_rl.train.weighing import (
     NUM_SURPRISE_SUMS,
     EntropyTracker,
@@ -133,6 +134,7 @@ class ResTConfig(GRPOConfig):
     entropy_decay: float = field(default=ENTROPY_DECAY, metadata=_help("Decay per step of the region averages."))
     progress_steps: int = field(default=0, metadata=_help("Steps in which progress goes from 0 to 1; 0 for all."))
     resample_rounds: int = field(default=0, metadata=_help("Rounds that replace groups with equal rewards (DAPO)."))
+    share_prompts: bool = field(default=True, metadata=_help("Compute each prompt once per group where possible."))
     loss_type: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
     scale_rewards: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
     # The KL term of GRPO, of verl and of the published code has no such factor; TRL multiplies it by the ratio.
@@ -250,9 +252,10 @@ def sampled_mask(batch: Mapping[str, Any]) -> Tensor:
     return mask_BT * batch["tool_mask"] if "tool_mask" in batch else mask_BT
 
 
-class ResTTrainer(ResamplingTrainer):
-    """`GRPOTrainer` with advantages weighted by region; with weights of 1, the results are bit-identical to TRL's.
+class ResTTrainer(ResamplingTrainer, SharedPromptTrainer):
+    """`GRPOTrainer` with advantages weighted by region; with weights of 1, the results are TRL's.
 
+    They are bit-identical with `share_prompts=False`, and equal up to rounding with shared prompts.
     One default differs from TRL's: `use_bias_correction_kl` is False, which matters only with a KL term.
 
     Without `reward_funcs`, the trainer uses the preset's rule reward, which reads the dataset's `gold` column
@@ -273,6 +276,8 @@ class ResTTrainer(ResamplingTrainer):
         "title": "ResT: Reshaping Token-Level Policy Gradients for Tool-Use Large Language Models",
         "id": "2509.21826",
     }
+
+    _microbatch: _MicroBatch | None = None  # also before the end of __init__, which tries the model
 
     def __init__(
         self,
@@ -327,7 +332,6 @@ class ResTTrainer(ResamplingTrainer):
         self.add_callback(EntropyTracker(args.entropy_decay, get_statistics_batches(self._method.weights)))
         self.on_generated: Callable[[Tensor], None] | None = None
         self.on_weighed: Callable[[WeightedBatch], None] | None = None
-        self._microbatch: _MicroBatch | None = None
         self._sums_4R = torch.zeros(4, NUM_REGIONS, dtype=torch.float64)
         self._surprise_4 = torch.zeros(NUM_SURPRISE_SUMS, dtype=torch.float64)
         self._rule_weights_R: Tensor | None = None
