@@ -283,6 +283,7 @@ REFUSALS = {
     "DRO": ((f"verl.{ACTOR}.policy_loss.loss_mode=dro",), "dro"),
     "critic": (("verl.algorithm.adv_estimator=gae",), "'gae'"),
     "distillation": (("verl.distillation.enabled=true",), "distillation"),
+    "prefix_grouper": (("verl.actor_rollout_ref.actor.use_prefix_grouper=true",), "use_prefix_grouper"),
     "reward model": (("verl.reward.reward_model.enable=true",), "reward_model"),
     "reward function": (('verl.reward.custom_reward_function.path="r.py"',), "custom_reward_function"),
     "reward manager": (("verl.reward.reward_manager.name=naive",), "reward_manager.name"),

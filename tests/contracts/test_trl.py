@@ -16,6 +16,7 @@ from rest_rl.loss import clipped_surrogate
 from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.reward import make_tool_reward
 from rest_rl.train.trl.resample import NUM_ITEMS, PADDING
+from rest_rl.train.trl.shared_prompts import _is_known_trl
 from rest_rl.train.trl.trainer import FROM_PRESET, ResTConfig, ResTTrainer
 from tests.test_trl_trainer import batch_far_from_its_policy
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
@@ -60,6 +61,20 @@ def test_signatures():
     assert list(inspect.signature(GRPOTrainer._calculate_rewards).parameters)[1:] == [
         "inputs", "prompts", "completions", "completion_ids_list",
     ]  # fmt: skip
+
+
+def test_what_shared_prompts_rely_on(tokenizer, tmp_path):
+    assert _is_known_trl()
+    trainer = stock_trainer(tokenizer, tmp_path)
+    assert trainer._buffered_inputs is None
+    assert {"_step", "beta", "_entropy_bonus_enabled", "aux_loss_enabled", "_is_vlm"} <= vars(trainer).keys()
+    tree = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._generate_single_turn)))
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".generate")
+    ]
+    plain = [node for node in calls if "vllm" not in ast.unparse(node.func)]
+    assert len(plain) == 1, "transformers' generate is called another number of times"
+    assert [keyword.arg for keyword in plain[0].keywords] == [None, "generation_config"]
 
 
 IMAGES = ["pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids"]

@@ -21,10 +21,9 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 import trl.trainer.utils
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -114,9 +113,7 @@ def attend(
         return _attend_packed(query, key, value, segments, scaling), None
     if (prompt := getattr(key, "shared_prompt", None)) is not None:
         return _attend_decoding(query, key, value, prompt, attention_mask, scaling), None
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -127,7 +124,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def _attend_packed(
     query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float | None
 ) -> Tensor:
-    sdpa = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    sdpa = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=True)
     outputs: list[Tensor] = []
     for start, middle, ends in segments:
         prompt_key, prompt_value = key[:, :, start:middle], value[:, :, start:middle]
@@ -173,7 +170,9 @@ class _ResponseLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert key_states.shape[2] == 1, "shared decoding computes one token at a time"
         if self.length == 0:
-            self.buffers = [states.new_empty(*states.shape[:2], 32, states.shape[3]) for states in (key_states, value_states)]
+            self.buffers = [
+                states.new_empty(*states.shape[:2], 32, states.shape[3]) for states in (key_states, value_states)
+            ]
         elif self.length == self.buffers[0].shape[2]:
             self.buffers = [torch.cat([buffer, torch.empty_like(buffer)], 2) for buffer in self.buffers]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
@@ -300,7 +299,9 @@ class SharedPromptTrainer(GRPOTrainer):
         has_other_inputs = any(value is not None and value is not False for value in kwargs.values())
         is_shared = self.accelerator.unwrap_model(model).config._attn_implementation == ATTENTION  # noqa: SLF001
         if not (self._shares and is_shared and mask_BT.any()) or has_other_inputs:
-            head = _restrict_head(model, self._backbone(model), logits_to_keep) if self._restricts_head else nullcontext()
+            head = (
+                _restrict_head(model, self._backbone(model), logits_to_keep) if self._restricts_head else nullcontext()
+            )
             with head:
                 return super()._get_per_token_logps_and_entropies(
                     model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
@@ -359,7 +360,13 @@ class SharedPromptTrainer(GRPOTrainer):
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kwargs: Any
     ) -> Any:
         given = (prompt_ids, images, multimodal_fields, num_generations, *args)
-        if not self._shares or self.use_vllm or self.use_transformers_continuous_batching or images or multimodal_fields:
+        if (
+            not self._shares
+            or self.use_vllm
+            or self.use_transformers_continuous_batching
+            or images
+            or multimodal_fields
+        ):
             return super()._generate_single_turn(*given, **kwargs)
         model = self.accelerator.unwrap_model(self.model_wrapped)
         # TRL calls `model.generate`; an attribute of the instance hides the method.
