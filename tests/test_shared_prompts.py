@@ -109,9 +109,8 @@ TOKENS = st.lists(st.integers(1, 3), min_size=1, max_size=4)
 def test_every_token_is_predicted_once_from_its_own_past(rows):
     prompts, responses = [prompt for prompt, _ in rows], [response for _, response in rows]
     packed = pack(prompts, responses)
-    predicted = {
-        (row, column): label for row, column, label in zip(packed.rows, packed.columns, packed.labels, strict=True)
-    }
+    places = list(zip(packed.rows, packed.columns, strict=True))
+    predicted = dict(zip(places, packed.labels, strict=True))
     assert predicted == {(b, t): token for b, ids in enumerate(responses) for t, token in enumerate(ids)}
     pieces = [(s, begin, end) for s in packed.segments for begin, end in zip((s.middle, *s.ends), s.ends, strict=False)]
     at = dict(zip(packed.scored, places, strict=True))
