@@ -48,7 +48,15 @@ def test_supervised_training_has_no_generation() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (89, "89 s"), (90, "1.5 min"), (5399, "90 min"), (5400, "1.5 h")],
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (89, "89 s"),
+        (90, "1.5 min"),
+        (5399, "90 min"),
+        (5400, "1.5 h"),
+    ],
 )
 def test_seconds_have_a_unit_that_fits(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
@@ -71,6 +79,7 @@ def test_completions_are_repeated_to_the_wanted_length() -> None:
     assert longer["completion_ids"].tolist() == [[1, 2, 3, 1, 2], [4, 5, 6, 4, 5]]
     assert longer["prompt_ids"] is ids_BT
     assert (longer["advantages"].tolist(), longer["n"]) == ([1, 1], 7)
+    assert stretch(batch, 0) == batch
     assert stretch(batch, 2)["completion_ids"].tolist() == [[1, 2], [4, 5]]
 
 
@@ -85,7 +94,12 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [
         {},
         # half a group per forward pass, bfloat16 and checkpointing
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": True, "gradient_checkpointing": True},
+        {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "bf16": True,
+            "gradient_checkpointing": True,
+        },
     ],
 )
 def test_the_parts_of_a_tiny_run_are_measured(tables: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Range(NamedTuple):
-    """A figure if all responses are as long as the longest gold response, and if all are as long as the limit."""
+    """A figure if all responses are as long as gold, and if all are as long as the limit."""
 
     low: float
     high: float
@@ -17,24 +17,19 @@ class Range(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Measured seconds of the parts of a run, on this machine and under its present load.
+    """Measured seconds of the parts of a run, on this machine and under its present load."""
 
-    `batch` and `batch_token` are a generation batch's prompts with the first token of all its responses, and each
-    further token of them. `held_out_batch` and `held_out_token` are the same of a batch of held-out prompts.
-    `micro_batch` is a forward and backward pass apart from `micro_batch_token`, its seconds per response token.
-    """
-
-    batch: float
-    batch_token: float
-    micro_batch: float
-    micro_batch_token: float
+    batch: float  # the prompts of a generation batch, and the first token of all its responses
+    batch_token: float  # each further token of all its responses
+    micro_batch: float  # a forward and backward pass without response tokens
+    micro_batch_token: float  # one more token of each of its responses
     optimizer: float
-    held_out_batch: float
+    held_out_batch: float  # as `batch`, of a batch of held-out prompts
     held_out_token: float
 
 
 class Amounts(NamedTuple):
-    """What a run computes; the tokens are those of one response, at (low, high)."""
+    """What a run computes; `tokens` are those of a batch's longest response."""
 
     tokens: Range
     steps_per_batch: int  # optimizer steps per generation batch
@@ -57,11 +52,10 @@ class Duration(NamedTuple):
 # Every part is linear in the response tokens. Generation and evaluation have the first token in their fixed part.
 def predict_duration(costs: Costs, amounts: Amounts) -> Duration:
     """Return the predicted duration of a run with these costs and amounts."""
-    per_batch, updates = amounts.steps_per_batch, amounts.micro_batches
     rows: list[tuple[float, ...]] = []
     for tokens, held_out_tokens in zip(amounts.tokens, amounts.held_out_tokens, strict=True):
-        generation = (costs.batch + costs.batch_token * max(0, tokens - 1)) / per_batch
-        update = updates * (costs.micro_batch + costs.micro_batch_token * tokens) + costs.optimizer
+        generation = (costs.batch + costs.batch_token * max(0, tokens - 1)) / amounts.steps_per_batch
+        update = amounts.micro_batches * (costs.micro_batch + costs.micro_batch_token * tokens) + costs.optimizer
         evaluation = costs.held_out_batch + costs.held_out_token * max(0, held_out_tokens - 1)
         evaluation *= amounts.held_out_batches
         run = amounts.steps * (generation + update) + amounts.evaluations * evaluation

@@ -244,10 +244,8 @@ def change_trl(plan: RunPlan, *, is_dry: bool, **changes: Any) -> RunPlan:
 # so that the data is the same in `rest-rl data check --model`.
 def with_derived_limit(plan: RunPlan, observer: Observer, *, is_dry: bool) -> RunPlan:
     """Return the run with `trl.max_completion_length` derived from the gold responses of its training data."""
-    most = plan.config.max_response_tokens
-    limit = derive_response_limit(plan.render_golds(), plan.layout, most)
-    why = "the model was trained to reason" if plan.layout.expects_reasoning else "twice the longest gold response, and"
-    why += " room for other text" if limit < most and not plan.layout.expects_reasoning else ""
+    limit = derive_response_limit(plan.render_golds(), plan.layout, plan.config.max_response_tokens)
+    why = "the model was trained to reason" if plan.layout.expects_reasoning else "from the longest gold response"
     observer.say(f"trl.max_completion_length = {limit} ({why})")
     return change_trl(plan, is_dry=is_dry, max_completion_length=limit)
 

@@ -1,8 +1,8 @@
 """Measure what the parts of a run cost: a short generation, passes of one micro-batch, and an optimizer step.
 
-The run's own trainer does the work, with the run's model, prompts and settings, so that everything it optimizes is
-included. The responses are random: generation may not end early, the completions of a short generation are repeated up
-to the wanted length, and the advantages are 1 and -1, so that no group counts as learned.
+The run's own trainer does the work, with the run's model, prompts and settings, so that all its optimizations count.
+The responses are random: generation may not end early, its completions are repeated up to the wanted length, and the
+advantages are 1 and -1, so that no group counts as learned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.duration import Costs
 from rest_rl.train.prompts import TrainingData
 from rest_rl.train.trl.engine import TrlEngine
-from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
+from rest_rl.train.trl.trainer import ResTTrainer
 
 # Tokens after the first that a measured generation samples.
 TIMED_TOKENS = 16
@@ -37,7 +37,7 @@ MAX_WARM_UP = 3.0
 
 
 def measure_costs(config: RunConfig, layout: PromptLayout, data: TrainingData, tokens: int) -> Costs:
-    """Load the model and measure the costs of the run, its updates with responses of up to `tokens` tokens.
+    """Load the model and measure the costs of a run on TRL, its updates with responses of up to `tokens` tokens.
 
     Everything that the trainer writes goes to a temporary folder.
     """
@@ -46,61 +46,51 @@ def measure_costs(config: RunConfig, layout: PromptLayout, data: TrainingData, t
         log = RunLog(Path(folder), enabled=False)
         engine.prepare(data, log, Checkpoint(0))
         engine.start(log)
-        trainer: Any = engine.trainer
+        trainer, args, held_out = cast(Any, engine.trainer), cast(Any, engine.args), [row for _, row in data.held_out]
+        # What transformers sets when training begins.
         trainer.state.max_steps = max(1, engine.steps)
-        trainer.current_gradient_accumulation_steps = engine.args.gradient_accumulation_steps
-        if engine.args.gradient_checkpointing:
-            trainer.model.gradient_checkpointing_enable(engine.args.gradient_checkpointing_kwargs)
+        trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+        if args.gradient_checkpointing:
+            trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         trainer.model.train()
+
+        def respond(rows: int, tokens: int) -> None:
+            texts = [prepared.prompt_text for prepared in pick_evenly(held_out, rows)]
+            settings: dict[str, Any] = {"max_new_tokens": tokens, "batch_size": rows, "greedy": True}
+            generate(engine.model, layout.tokenizer, texts, **settings)
+
+        sampled = evaluated = (0.0, 0.0)
         with engine.autocast():
-            sampled = time_generation(engine) if isinstance(trainer, ResTTrainer) else (0.0, 0.0)
-        trained = time_updates(engine, tokens)
-        with engine.autocast():
-            evaluated = time_held_out(engine, data)
-        return Costs(*sampled, *trained, *evaluated)
-
-
-def time_generation(engine: TrlEngine) -> tuple[float, float]:
-    args = cast(ResTConfig, engine.args)
-    total = args.per_device_train_batch_size * cast(int, args.steps_per_generation)
-    return time_batch(lambda rows, tokens: sample(engine, rows, tokens), cast(int, args.num_generations), total)
-
-
-def time_held_out(engine: TrlEngine, data: TrainingData) -> tuple[float, float]:
-    if not (total := min(engine.config.eval.batch_size, len(data.held_out))):
-        return 0.0, 0.0
-
-    def respond(rows: int, tokens: int) -> None:
-        texts = [prepared.prompt_text for _, prepared in pick_evenly(data.held_out, rows)]
-        settings: dict[str, Any] = {"max_new_tokens": tokens, "batch_size": rows, "greedy": True}
-        generate(engine.model, engine.layout.tokenizer, texts, **settings)
-
-    return time_batch(respond, 1, total)
+            if isinstance(trainer, ResTTrainer):
+                total = args.per_device_train_batch_size * args.steps_per_generation
+                sampled = time_batch(lambda *size: sample(engine, *size), args.num_generations, total)
+            if held_out:
+                evaluated = time_batch(respond, 1, min(config.eval.batch_size, len(held_out)))
+        return Costs(*sampled, *time_updates(engine, tokens), *evaluated)
 
 
 # Two lengths give the seconds of the prompts and of one token; the first `unit` of rows warms the libraries up.
 def time_batch(run: Callable[[int, int], Any], unit: int, total: int) -> tuple[float, float]:
     """Return the seconds of `run(total, tokens)` up to the first token, and of each further token."""
     run(unit, 2)
-    of_unit = time_call(lambda: run(unit, 1))
-    rows = unit * max(1, min(total // unit, int(MAX_PROMPT_SECONDS / of_unit)))
-    first, whole = (time_call(lambda tokens=tokens: run(rows, tokens)) for tokens in (1, 1 + TIMED_TOKENS))
+    rows = unit * max(1, min(total // unit, int(MAX_PROMPT_SECONDS / time_call(run, unit, 1))))
+    first, whole = (time_call(run, rows, tokens) for tokens in (1, 1 + TIMED_TOKENS))
     return first * total / rows, max(0.0, whole - first) / TIMED_TOKENS * total / rows
 
 
-def time_call(run: Callable[[], Any]) -> float:
+def time_call(run: Callable[..., Any], *arguments: Any) -> float:
     begin = perf_counter()
-    run()
+    run(*arguments)
     return perf_counter() - begin
 
 
 def sample(engine: TrlEngine, rows: int, tokens: int) -> dict[str, Any]:
     """Generate `rows` responses of exactly `tokens` tokens with the trainer, to prompts from all of the data."""
-    trainer: Any = engine.trainer
+    trainer = cast(Any, engine.trainer)
     trainer.generation_config.max_new_tokens = trainer.generation_config.min_new_tokens = tokens
-    prompts = pick_evenly(range(len(engine.dataset)), ceil(rows / trainer.num_generations))
+    prompts = pick_evenly(range(len(engine.dataset)), rows // trainer.num_generations)
     inputs = [engine.dataset[index] for index in prompts for _ in range(trainer.num_generations)]
-    return trainer._generate_and_score_completions(inputs[:rows])  # noqa: SLF001
+    return trainer._generate_and_score_completions(inputs)  # noqa: SLF001
 
 
 def pick_evenly(items: Sequence[Any], number: int) -> list[Any]:
@@ -109,12 +99,14 @@ def pick_evenly(items: Sequence[Any], number: int) -> list[Any]:
 
 # Returns the seconds of a micro-batch without response tokens, of one response token, and of the optimizer.
 def time_updates(engine: TrlEngine, tokens: int) -> tuple[float, float, float]:
-    trainer: Any = engine.trainer
+    trainer, args = cast(Any, engine.trainer), cast(Any, engine.args)
     if isinstance(trainer, ResTTrainer):
-        size, group = trainer.args.per_device_train_batch_size, cast(int, trainer.num_generations)
+        size, group = args.per_device_train_batch_size, args.num_generations
         with engine.autocast():
             batch = sample(engine, ceil(size / group) * group, TIMED_TOKENS)
-        batch = {key: value[:size] if is_per_row(value) else value for key, value in batch.items()}
+        batch = {
+            key: value[:size] if isinstance(value, Tensor) and value.ndim else value for key, value in batch.items()
+        }
         batch["advantages"] = torch.tensor([1.0, -1.0]).repeat(size)[:size]
         lengths = sorted({min(TIMED_TOKENS, tokens), tokens})
     else:
@@ -122,29 +114,23 @@ def time_updates(engine: TrlEngine, tokens: int) -> tuple[float, float, float]:
 
     def update(length: int) -> None:
         with engine.autocast():
-            loss = trainer.compute_loss(trainer.model, stretch(batch, length) if length else dict(batch))
+            loss = trainer.compute_loss(trainer.model, stretch(batch, length))
         trainer.accelerator.backward(loss)
 
     # The first pass allocates the gradients and warms the libraries up, which matters only if passes are short.
-    if (first := time_call(lambda: update(lengths[0]))) < MAX_WARM_UP:
-        first = time_call(lambda: update(lengths[0]))
-    seconds = [first, *(time_call(lambda length=length: update(length)) for length in lengths[1:])]
-    per_token = max(0.0, seconds[-1] - seconds[0]) / max(1, lengths[-1] - lengths[0])
+    if (first := time_call(update, lengths[0])) < MAX_WARM_UP:
+        first = time_call(update, lengths[0])
+    seconds = [first, *(time_call(update, length) for length in lengths[1:])]
+    per_token = max(0.0, seconds[-1] - first) / max(1, lengths[-1] - lengths[0])
     optimizer = trainer.create_optimizer()
     optimizer.step()  # allocates the states
     return seconds[-1] - per_token * lengths[-1], per_token, time_call(optimizer.step)
 
 
-def is_per_row(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
-
-
 def stretch(batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     """Return a batch in which every tensor (B, T) of the completions is repeated up to `tokens` tokens."""
-    width = batch["completion_ids"].shape[1]
-    return {
-        key: value.repeat(1, ceil(tokens / width))[:, :tokens]
-        if is_per_row(value) and value.ndim == 2 and value.shape[1] == width and not key.startswith("prompt")
-        else value
-        for key, value in batch.items()
-    }
+    shape, changed = batch["completion_ids"].shape if tokens else None, dict(batch)
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.shape == shape and not key.startswith("prompt"):
+            changed[key] = value.repeat(1, ceil(tokens / value.shape[1]))[:, :tokens]
+    return changed
