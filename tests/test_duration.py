@@ -1,4 +1,4 @@
-"""The duration of a run: sums by hand, and costs measured with the trainer of a tiny policy, by kind and not by time."""
+"""The duration of a run: sums by hand, and costs measured with the trainer of a tiny policy, by kind."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ AMOUNTS = Amounts(
 
 def test_a_duration_by_hand() -> None:
     found = predict_duration(COSTS, AMOUNTS)
-    # 2 + 0.1 * 50 and 2 + 0.1 * 100; 8 * (1 + 0.01 * 51) + 0.5 and 8 * (1 + 0.01 * 101) + 0.5
+    # with 51 tokens: 2 + 0.1 * 50 = 7 to generate, 8 * (1 + 0.01 * 51) + 0.5 = 12.58 to update; likewise with 101
     assert found.generation == pytest.approx((7, 12))
     assert found.update == pytest.approx((12.58, 16.58))
-    # 4 * (3 + 0.2 * 50) and 4 * (3 + 0.2 * 100); 10 steps and 2.5 evaluations
+    # an evaluation with 51 tokens: 4 * (3 + 0.2 * 50) = 52; the run has 10 steps and 2.5 evaluations
     assert found.evaluation == pytest.approx((52, 92))
     assert found.run == pytest.approx((10 * 19.58 + 2.5 * 52, 10 * 28.58 + 2.5 * 92))
     # four optimizer steps share a batch of responses

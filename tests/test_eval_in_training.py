@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from rest_rl.cli.app import main
 from rest_rl.config import EvalTable, RunConfig, read_asset
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.evaluate.generate import EntropyMeter, decoding_steps, generate
 from rest_rl.evaluate.held_out import HeldOutPrompt, evaluate_held_out, response_limit, select_interim_prompts

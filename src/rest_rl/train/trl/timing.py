@@ -104,10 +104,8 @@ def time_updates(engine: TrlEngine, tokens: int) -> tuple[float, float, float]:
         size, group = args.per_device_train_batch_size, args.num_generations
         with engine.autocast():
             batch = sample(engine, ceil(size / group) * group, TIMED_TOKENS)
-        batch = {
-            key: value[:size] if isinstance(value, Tensor) and value.ndim else value for key, value in batch.items()
-        }
-        batch["advantages"] = torch.tensor([1.0, -1.0]).repeat(size)[:size]
+        rows = {key: value[:size] for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+        batch |= rows | {"advantages": torch.tensor([1.0, -1.0]).repeat(size)[:size]}
         lengths = sorted({min(TIMED_TOKENS, tokens), tokens})
     else:
         batch, lengths = next(iter(trainer.get_train_dataloader())), [0]
