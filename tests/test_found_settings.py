@@ -23,6 +23,11 @@ from tests.tiny_policy import tiny_run
 class Heard(Observer):
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.tracked: list[str] = []
+
+    def track(self, what: str, total: int | None = None, done: int = 0) -> Any:
+        self.tracked.append(what)
+        return super().track(what, total, done)
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -103,6 +108,7 @@ def test_found_settings_are_recorded_and_a_resumed_run_keeps_them(tables: dict[s
     assert (found["per_device_train_batch_size"], found["gradient_checkpointing"]) == (6, False)
     for name in ("max_completion_length", "per_device_train_batch_size", "gradient_checkpointing"):
         assert sum(f"trl.{name} = " in line for line in heard.said) == 1
+    assert any("loading the model" in what for what in heard.tracked)  # the engine reports to the same observer
     assert resolve_run(None, out=tmp_path / "run", resume=True, overrides=()).trl == found
     again = read_run_source({**tables, "trl": {**tables["trl"], "max_steps": 2}}, ())
     assert resolve_run(again, out=tmp_path / "run", resume=True, overrides=()).trl == found

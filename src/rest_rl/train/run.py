@@ -236,8 +236,10 @@ def plan_run(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: boo
 
 
 def change_trl(plan: RunPlan, *, is_dry: bool, **changes: Any) -> RunPlan:
-    config = replace(plan.config, trl={**plan.config.trl, **changes})
-    return replace(plan, config=config, engine=make_engine(config, plan.layout, SILENT, is_dry=is_dry))
+    config, engine = replace(plan.config, trl={**plan.config.trl, **changes}), cast(Any, plan.engine)
+    changed: Any = make_engine(config, plan.layout, SILENT, is_dry=is_dry)  # it repeats no message about the settings
+    changed.observer = engine.observer
+    return replace(plan, config=config, engine=changed)
 
 
 # The limit so far left room for the longest response that a 0 may stand for. It decides which prompts are too long,
