@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from rest_rl.cli.app import main
 from rest_rl.config import EvalTable, RunConfig, read_asset
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.evaluate.generate import EntropyMeter, decoding_steps, generate
 from rest_rl.evaluate.held_out import HeldOutPrompt, evaluate_held_out, response_limit, select_interim_prompts
@@ -398,14 +399,15 @@ def test_the_low_temperature_adds_a_pass_and_changes_no_other_score() -> None:
 
 def test_the_response_limit_follows_the_golds() -> None:
     tokenizer = tiny_tokenizer()
+    layout = PromptLayout(tokenizer)
     golds = ["a", '<tool_call>\n{"name": "f"}']
     longest = len(tokenizer(golds[1])["input_ids"])
     config = RunConfig.from_tables({"trl": {"max_completion_length": 1024}})
-    assert response_limit(config, golds, tokenizer) == 2 * longest + 256
+    assert response_limit(config, golds, layout) == 2 * longest + 256
     for tables, limit in (
         ({"trl": {"max_completion_length": 100}}, 100),
         ({}, 2 * longest + 256),  # within the trainer's own 512
         ({"eval": {"max_new_tokens": 5}}, 5),
     ):
-        assert response_limit(RunConfig.from_tables(tables), golds, tokenizer) == limit
+        assert response_limit(RunConfig.from_tables(tables), golds, layout) == limit
     assert RunConfig.from_toml(read_asset()).eval.max_new_tokens == 96

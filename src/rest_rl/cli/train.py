@@ -47,7 +47,7 @@ Format = Annotated[
 ]
 Lora = Annotated[int | None, run_option("--lora", "R", "peft.r: train LoRA adapters of rank R")]
 Resume = Annotated[bool, run_option("--resume", None, "resume the run in the folder --out")]
-DryRun = Annotated[bool, run_option("--dry-run", None, "train nothing; print the memory and size of the run")]
+DryRun = Annotated[bool, run_option("--dry-run", None, "train nothing; print the memory and work of the run")]
 Engine = Annotated[
     Literal["trl", "verl"] | None, run_option("--engine", None, "run.engine: training engine (default: trl)", CLUSTER)
 ]
@@ -114,7 +114,7 @@ def train(
     elif is_dry:
         del source["resume"]
         rows = make_estimate_rows(estimate_run(**source, observer=screen))
-        show_estimate("estimated memory and size of the run", rows, screen.console)
+        show_estimate("estimated memory, size and duration of the run", rows, screen.console)
     elif run_training(**source, observer=screen).is_interrupted:
         return EXIT_INTERRUPTED
     return 0

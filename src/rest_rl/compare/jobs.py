@@ -121,7 +121,8 @@ def value_or_unset(value: Any) -> Any:
 
 def check_startable(jobs: Sequence[Job], launch: Launch) -> None:
     """Before any run starts, raise UserError if the trainer would reject a method's settings or number of GPUs."""
-    from rest_rl.train.trl.settings import make_trainer_config  # slow, and not needed for the page of finished runs
+    # Slow to import, and not needed for the page of finished runs.
+    from rest_rl.train.trl.settings import DEFAULT_SIZE, make_trainer_config, with_whole_groups
 
     for job in jobs:
         if job.state == "kept" or job.config.run.engine != "trl":
@@ -134,8 +135,8 @@ def check_startable(jobs: Sequence[Job], launch: Launch) -> None:
             )
         # Check with CPU settings: this process outlives every run and must not occupy memory of the runs' GPUs. Any
         # fixed format replaces `auto`, so that no tokenizer has to be loaded to detect the format.
-        trl = {**job.config.trl, "use_cpu": True, "bf16": False, "fp16": False}
-        if isinstance(size := trl.get("per_device_train_batch_size"), int):
+        trl = {**with_whole_groups(job.config).trl, "use_cpu": True, "bf16": False, "fp16": False}
+        if isinstance(size := trl.get("per_device_train_batch_size", DEFAULT_SIZE), int):
             trl["per_device_train_batch_size"] = size * launch.processes  # this process stands for all of the run
         rest = job.config.rest
         rest = replace(rest, format="toolrl") if rest.format == AUTO else rest

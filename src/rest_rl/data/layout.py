@@ -134,6 +134,16 @@ class PromptLayout:
         return self._probe.rstrip().endswith(("</think>", "[/THINK]"))
 
     @cached_property
+    def expects_reasoning(self) -> bool:
+        """Whether the chat template knows think blocks and prompts leave them open to the model, as Qwen3's do."""
+        return not self.closes_think and any(tag in str(self.tokenizer.chat_template) for tag in OPENING_TAGS)
+
+    @cached_property
+    def asks_for_reasoning(self) -> bool:
+        """Whether the description of the format asks for a think block, which gold responses may lack."""
+        return any(tag in self.format.instructions([]) for tag in OPENING_TAGS)
+
+    @cached_property
     def bos_prefix(self) -> str:
         """The beginning-of-sequence token if the tokenizer adds it to every text, otherwise an empty string."""
         bos = self.tokenizer.bos_token

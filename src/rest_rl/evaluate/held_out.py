@@ -9,11 +9,12 @@ the standard error of exact match over prompts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from rest_rl.config import EvalTable, RunConfig
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.generate import EntropyMeter, decoding_steps, eos_token_ids, generate, has_ended
 from rest_rl.formats import ToolFormat
@@ -22,8 +23,8 @@ from rest_rl.rewards import judge
 from rest_rl.runlog import SILENT, Observer
 from rest_rl.statistics import Outcome, summarize
 
-REASONING_ALLOWANCE = 256
-"""Tokens that `response_limit` adds to twice the longest gold, for models that reason where the gold does not."""
+REASONING_ALLOWANCE, TEXT_ALLOWANCE = 256, 64
+"""Tokens beyond twice the longest gold: if the prompt asks for reasoning, which gold may lack, and for other text."""
 
 
 class HeldOutPrompt(NamedTuple):
@@ -74,15 +75,24 @@ def evaluate_held_out(
     return scores
 
 
-def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> int:
-    """Return the response limit in tokens: `eval.max_new_tokens` or, if that is 0, a limit derived from `golds`.
+def response_limit(config: RunConfig, golds: Sequence[str], layout: PromptLayout) -> int:
+    """Return the response limit of an evaluation: `eval.max_new_tokens` or, if that is 0, `derive_response_limit`."""
+    return config.eval.max_new_tokens or derive_response_limit(golds, layout, config.max_response_tokens)
 
-    The derived limit is `REASONING_ALLOWANCE` more than twice the longest gold response, at most the limit of training.
-    """
-    if config.eval.max_new_tokens:
-        return config.eval.max_new_tokens
-    longest = max((len(tokenizer(gold, add_special_tokens=False)["input_ids"]) for gold in golds), default=0)
-    return min(config.max_response_tokens, 2 * longest + REASONING_ALLOWANCE)
+
+# A limit far above the gold is expensive: a model that does not stop by itself generates up to it. A model that was
+# trained to reason gets all of `most`, because gold without its reasoning says nothing about the length it needs.
+def derive_response_limit(golds: Sequence[str], layout: PromptLayout, most: int) -> int:
+    """Return a response limit in tokens, at most `most`: twice the longest gold response plus an allowance."""
+    if layout.expects_reasoning:
+        return most
+    allowance = REASONING_ALLOWANCE if layout.asks_for_reasoning else TEXT_ALLOWANCE
+    return min(most, 2 * max(count_tokens(golds, layout.tokenizer), default=0) + allowance)
+
+
+def count_tokens(texts: Sequence[str], tokenizer: Any) -> list[int]:
+    """Return the number of tokens of each text."""
+    return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
 
 # Sampling at even distances: prompts are dealt round-robin to the (split, kind) groups until `number` are dealt,

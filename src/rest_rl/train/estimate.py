@@ -26,6 +26,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rest_rl.config import EMBEDDED, RunConfig
 from rest_rl.errors import UserError
+from rest_rl.train.duration import Duration
 
 GIB = 2**30
 Sharding = Literal["none", "zero1", "zero2", "zero3", "fsdp"]
@@ -94,6 +95,8 @@ class Estimate:
     work: Workload
     parts: tuple[MemoryPart, ...]
     device: Device | None
+    duration: Duration | None = None
+    """How long the run takes, if it was measured on this machine's CPU."""
 
     def phase_bytes(self, phase: Phase) -> int:
         """Return the peak memory of a phase in bytes, including the parts that are always in use."""
@@ -404,8 +407,22 @@ def make_estimate_rows(estimate: Estimate) -> list[tuple[str, str, str]]:
         ("responses per batch", f"{work.responses:,}", f"for {work.prompts:,} prompts; {work.per_step:,} per step"),
         ("tokens per step", f"{tokens:,}", "estimate: median prompt and longest response"),
         ("steps", f"{work.steps:,}", "optimizer steps of the run"),
+        *make_duration_rows(estimate.duration),
         ("verdict", *judge_fit(estimate)),
     ]
+
+
+def make_duration_rows(duration: Duration | None) -> list[tuple[str, str, str]]:
+    if duration is None:
+        return []
+    lengths = "from responses as long as gold to responses up to the limit"
+    rows = [
+        ("generation of a step", str(duration.generation), f"measured: a few tokens; {lengths}"),
+        ("update of a step", str(duration.update), "measured: one micro-batch and one optimizer step"),
+        ("one evaluation", str(duration.evaluation), "measured: a few tokens of one batch"),
+        ("the whole run", str(duration.run), "predicted from these, under the present load of this machine"),
+    ]
+    return [row for row, seconds in zip(rows, duration, strict=True) if seconds.high]
 
 
 def judge_fit(estimate: Estimate) -> tuple[str, str]:

@@ -33,8 +33,8 @@ from rest_rl.report.tables import flatten
 from rest_rl.runlog import CHECKPOINTS, CONFIG, check_unlocked, existing_run_error
 
 RunSource = RunConfig | Mapping[str, Any] | str | Path | None
-# Values of `[trl]` that a run gets on a machine without an accelerator.
-MACHINE_DEFAULTS = {"use_cpu": True, "bf16": False}
+# Keys of `[trl]` that `train` sets when a run begins, if the user has not (train/trl/settings.py).
+FOUND_KEYS = ("use_cpu", "bf16", "gradient_checkpointing", "per_device_train_batch_size", "num_generations")
 # Keys of `[trl]` that a resumed run may raise.
 LENGTH_KEYS = ("max_steps", "num_train_epochs")
 # Ranges of `[trl]` values that TRL and transformers accept although they make no sense, such as a learning rate of -1.
@@ -175,11 +175,11 @@ def resolve_resumed_run(requested: RunConfig) -> RunConfig:
     return lengthen_run(recorded, {key: requested.trl[key] for key in LENGTH_KEYS if key in requested.trl})
 
 
-# `train` records more than the user wrote: the model's folder, the detected format, the machine's defaults, the
+# `train` records more than the user wrote: the model's folder, the detected format, the settings that it found, the
 # response limit that a 0 stands for, and the progress length of a lengthened run. The request gets the same values.
 def with_recorded_defaults(requested: RunConfig, recorded: RunConfig) -> RunConfig:
     requested = with_model_dir(requested) if Path(requested.model.path).expanduser().is_dir() else requested
-    filled = {key: recorded.trl[key] for key in MACHINE_DEFAULTS if key in recorded.trl}
+    filled = {key: recorded.trl[key] for key in FOUND_KEYS if key in recorded.trl}
     given = {key: value for key, value in requested.trl.items() if (key, value) != ("max_completion_length", 0)}
     if given != requested.trl:
         filled |= {"max_completion_length": recorded.trl.get("max_completion_length")}

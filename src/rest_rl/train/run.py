@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 from datasets import disable_progress_bars
 
@@ -17,7 +17,13 @@ from rest_rl.config import RunConfig, parse_toml, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
-from rest_rl.evaluate.held_out import HeldOutPrompt, response_limit, select_interim_prompts
+from rest_rl.evaluate.held_out import (
+    HeldOutPrompt,
+    count_tokens,
+    derive_response_limit,
+    response_limit,
+    select_interim_prompts,
+)
 from rest_rl.objects import UserObject
 from rest_rl.presets import get_origin
 from rest_rl.report.diagnosis import Finding, diagnose
@@ -38,8 +44,9 @@ from rest_rl.runlog import (
     unwritable_folder_error,
 )
 from rest_rl.train.checkpoints import Checkpoint
+from rest_rl.train.duration import Amounts, Duration, Range, predict_duration
 from rest_rl.train.engine import Engine
-from rest_rl.train.estimate import Estimate, estimate_resources, find_device, judge_fit
+from rest_rl.train.estimate import Estimate, Workload, estimate_resources, find_device, judge_fit
 from rest_rl.train.policy import (
     load_policy_config,
     load_policy_tokenizer,
@@ -50,7 +57,7 @@ from rest_rl.train.policy import (
 )
 from rest_rl.train.prompts import TrainingData, read_data, render_gold
 from rest_rl.train.request import RunSource, find_changed_keys, is_main_process, resolve_run, with_out_dir
-from rest_rl.train.trl.settings import find_unread_keys, with_machine_defaults
+from rest_rl.train.trl.settings import find_unread_keys, with_machine_defaults, with_whole_groups
 from rest_rl.train.weighing import try_weight_rule
 
 # An estimate counts the tokens of at most this many prompts.
@@ -84,6 +91,10 @@ class RunPlan:
     layout: PromptLayout
     engine: Engine
     data: TrainingData
+
+    def render_golds(self, limit: int | None = None) -> list[str]:
+        """Return the gold responses of the training samples, or of the first `limit`."""
+        return [render_gold(each.sample, self.layout) for each in self.data.prepared[:limit]]
 
 
 @quiet_transformers()
@@ -207,16 +218,57 @@ def make_plan(
 
 def plan_run(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: bool = False) -> RunPlan:
     if is_new and config.run.engine == "trl":  # verl trains on other machines
-        config = with_machine_defaults(config)
+        config = with_whole_groups(with_machine_defaults(config, observer), observer)
+    has_own_limit = config.trl.get("max_completion_length") != 0
     config, layout = resolve_layout(config, observer)
     rule = None if config.rest.is_supervised else config.rest.resolve().weights
     if isinstance(rule, UserObject):
         try_weight_rule(rule, layout.tokenizer, layout.format)
     engine = make_engine(config, layout, observer, is_dry=is_dry)
     plan = RunPlan(config, layout, engine, read_data(config, layout, observer, engine.max_response_tokens))
+    if not has_own_limit:
+        plan = with_derived_limit(plan, observer, is_dry=is_dry)
+    if is_new and config.run.engine == "trl":
+        plan = with_checkpointing(plan, observer, is_dry=is_dry)
     if not is_dry and config.run.engine == "trl":
         warn_about_memory(plan, observer)
     return plan
+
+
+def change_trl(plan: RunPlan, *, is_dry: bool, **changes: Any) -> RunPlan:
+    config, engine = replace(plan.config, trl={**plan.config.trl, **changes}), cast(Any, plan.engine)
+    changed: Any = make_engine(config, plan.layout, SILENT, is_dry=is_dry)  # it repeats no message about the settings
+    changed.observer = engine.observer
+    return replace(plan, config=config, engine=changed)
+
+
+# The limit so far left room for the longest response that a 0 may stand for. It decides which prompts are too long,
+# so that the data is the same in `rest-rl data check --model`.
+def with_derived_limit(plan: RunPlan, observer: Observer, *, is_dry: bool) -> RunPlan:
+    """Return the run with `trl.max_completion_length` derived from the gold responses of its training data."""
+    limit = derive_response_limit(plan.render_golds(), plan.layout, plan.config.max_response_tokens)
+    why = "the model was trained to reason" if plan.layout.expects_reasoning else "from the longest gold response"
+    observer.say(f"trl.max_completion_length = {limit} ({why})")
+    return change_trl(plan, is_dry=is_dry, max_completion_length=limit)
+
+
+# TRL's default, checkpointing, computes every layer's activations twice to save memory.
+def with_checkpointing(plan: RunPlan, observer: Observer, *, is_dry: bool) -> RunPlan:
+    """Return the run without gradient checkpointing if it then fits the memory; unchanged if set, or on a GPU."""
+    engine: Any = plan.engine
+    is_set = any(key in plan.config.trl for key in ("gradient_checkpointing", "activation_checkpointing"))
+    if is_set or not engine.args.use_cpu or getattr(engine.args, "use_vllm", False):
+        return plan
+    plain = change_trl(plan, is_dry=is_dry, gradient_checkpointing=False)
+    try:
+        verdict, text = judge_fit(estimate_plan(plain))
+    except Exception:  # as in `warn_about_memory`
+        return plan
+    if verdict == "does not fit":
+        observer.say(f"trl.gradient_checkpointing = true: without it, the run {text.partition(';')[0]}")
+        return change_trl(plan, is_dry=is_dry, gradient_checkpointing=True)
+    observer.say("trl.gradient_checkpointing = false: the activations fit the memory, and training is faster")
+    return plain
 
 
 def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer, *, is_dry: bool = False) -> Engine:
@@ -235,15 +287,59 @@ def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer, *, 
 def estimate_run(
     run: RunSource = None, *, out: str | Path | None = None, overrides: Sequence[str] = (), observer: Observer = SILENT
 ) -> Estimate:
-    """Estimate the memory and work of `train` with the same arguments; write nothing and load no weights.
+    """Estimate the memory and work of `train` with the same arguments; leave nothing behind.
 
-    On a GPU, this measures one forward and backward pass of the model with random weights.
+    On a GPU, this measures one forward and backward pass of the model with random weights. On a CPU, it loads the model
+    and predicts the run's duration from one micro-step, if the run fits the memory.
     """
     plan = make_plan(run, out=out, overrides=overrides, observer=observer, is_dry=True)
     if plan.config.run.engine != "trl":
         remedy = "use --print-config; docs/cluster.md has notes on memory"
         raise UserError("--dry-run does not support verl", remedy=remedy)
-    return estimate_plan(plan, measure=True)
+    estimate, engine = estimate_plan(plan, measure=True), cast(Any, plan.engine)
+    if not estimate.device or estimate.device.is_gpu or judge_fit(estimate)[0] != "fits" or engine.args.world_size > 1:
+        return estimate
+    try:
+        with observer.track("measuring one micro-step on the CPU"):
+            return replace(estimate, duration=predict_plan(plan, estimate.work))
+    except (UserError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch's error on a CPU
+            raise
+        observer.say(f"the duration cannot be predicted: {error!s:.300}")
+        return estimate
+
+
+def predict_plan(plan: RunPlan, work: Workload) -> Duration:
+    """Predict the duration of a run on TRL on this machine's CPU; this loads the model and runs one micro-step."""
+    from rest_rl.train.trl.timing import measure_costs
+    from rest_rl.train.trl.trainer import optimizer_steps_per_batch
+
+    config, layout, held_out, table = plan.config, plan.layout, plan.data.held_out, plan.config.eval
+    engine: Any = plan.engine
+    tokens, golds = Range(0, 0), plan.render_golds(MAX_COUNTED_PROMPTS)
+    if not config.rest.is_supervised:
+        tokens = predict_lengths(golds, layout, work.prompts, work.max_response)
+    golds = [render_gold(each.sample, layout) for _, each in held_out]
+    passes = table.samples_per_prompt + 1 + bool(table.low_temperature)
+    interim = work.steps // table.every * min(1, table.interim_prompts / len(held_out)) if table.every else 0
+    amounts = Amounts(
+        tokens=tokens,
+        steps_per_batch=optimizer_steps_per_batch(engine.args),
+        micro_batches=engine.args.gradient_accumulation_steps,
+        steps=work.steps,
+        held_out_tokens=predict_lengths(golds, layout, table.batch_size, response_limit(config, golds, layout)),
+        held_out_batches=passes * -(-len(held_out) // table.batch_size),
+        evaluations=2 + interim,
+    )
+    return predict_duration(measure_costs(config, layout, plan.data, max(1, int(tokens.low))), amounts)
+
+
+# A batch takes as long as its longest response. Of the gold responses to `number` prompts, the longest one is about the
+# quantile number / (number + 1) of all; one token more ends it.
+def predict_lengths(golds: Sequence[str], layout: PromptLayout, number: int, limit: int) -> Range:
+    """Return the tokens of a batch's longest response: as in gold, and with the response limit."""
+    lengths = sorted(count_tokens(golds, layout.tokenizer)) or [0]
+    return Range(min(limit, 1 + lengths[len(lengths) * number // (number + 1)]), limit)
 
 
 def estimate_plan(plan: RunPlan, *, measure: bool = False) -> Estimate:
@@ -307,8 +403,7 @@ class HeldOutEvaluator:
     ) -> None:
         config, layout = plan.config, plan.layout
         self.engine, self.log, self.observer = engine, log, observer
-        golds = (render_gold(sample.sample, layout) for _, sample in samples)
-        limit = response_limit(config, golds, layout.tokenizer)
+        limit = response_limit(config, [render_gold(sample.sample, layout) for _, sample in samples], layout)
         self.every = config.eval.every
         room = layout.context or sys.maxsize
         self.prompts = [

@@ -190,9 +190,16 @@ class TrlEngine:
                 f"{prompts[0].limit} tokens each (to shorten: --set eval.prompts=N or eval.max_new_tokens=N; "
                 "to skip: --set eval.prompts=0)"
             )
-        with self._explaining_divergence():
+        with self._explaining_divergence(), self.autocast():
             tokenizer, tool_format = self.layout.tokenizer, self.layout.format
             return evaluate_held_out(self.model, tokenizer, prompts, tool_format, self.config.eval, self.observer)
+
+    # transformers wraps the model's forward pass when training begins, and each pass then narrows all weights again.
+    # Around a whole generation they are narrowed once, and evaluations before and after training compute alike.
+    def autocast(self) -> Any:
+        """Return a context in which the model computes in the precision of training."""
+        dtype = torch.float16 if self.args.fp16 else torch.bfloat16
+        return torch.autocast(self.model.device.type, dtype, enabled=bool(self.args.bf16 or self.args.fp16))
 
     # Sampling from NaN logits raises a RuntimeError in torch.multinomial, or a failed assertion on a GPU.
     @contextmanager

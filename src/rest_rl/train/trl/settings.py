@@ -16,9 +16,9 @@ from trl import GRPOConfig, SFTConfig
 
 from rest_rl.config import RunConfig, unknown_key_error, validate_value
 from rest_rl.errors import UserError
-from rest_rl.runlog import CHECKPOINTS
+from rest_rl.runlog import CHECKPOINTS, SILENT, Observer
 from rest_rl.train.policy import new_adapter_config
-from rest_rl.train.request import MACHINE_DEFAULTS, check_ranges
+from rest_rl.train.request import check_ranges
 from rest_rl.train.trl.trainer import ResTConfig, optimizer_steps_per_batch
 
 # Fields of the trainer's configuration that other tables of a run set.
@@ -26,6 +26,8 @@ MANAGED_FIELDS = ("output_dir", "seed", "preset", "tool_format", "weights", "rew
 MANAGED_FIELDS += ("progress_steps", "resample_rounds", "share_prompts")
 # Learning rate schedules whose rates do not depend on the length of the run.
 LENGTH_INDEPENDENT_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
+# TRL's default of `per_device_train_batch_size` and `num_generations`, and our least size of a group that is fitted.
+DEFAULT_SIZE, MIN_FITTED_GROUP = 8, 4
 # Fields that require an optional package: its module, and what to pass to pip install.
 OPTIONAL_PACKAGES = {
     "use_vllm": ("vllm", "'trl[vllm]'"),
@@ -34,11 +36,40 @@ OPTIONAL_PACKAGES = {
 }
 
 
-def with_machine_defaults(config: RunConfig) -> RunConfig:
-    """Return the run with `trl.use_cpu` true and `trl.bf16` false, unless set, on a machine without an accelerator."""
+def with_machine_defaults(config: RunConfig, observer: Observer = SILENT) -> RunConfig:
+    """Return the run with `trl.use_cpu` and `trl.bf16` set, if they are not, on a machine without an accelerator."""
     if torch.accelerator.is_available():
         return config
-    return dataclasses.replace(config, trl={**MACHINE_DEFAULTS, **config.trl})
+    is_fast = has_fast_bfloat16() and not config.trl.get("fp16")
+    if "bf16" not in config.trl:
+        why = "multiplies bfloat16 fast" if is_fast else "has no fast bfloat16 arithmetic"
+        observer.say(f"no GPU: training on the CPU, trl.bf16 = {str(is_fast).lower()}, because it {why}")
+    return dataclasses.replace(config, trl={"use_cpu": True, "bf16": is_fast, **config.trl})
+
+
+def has_fast_bfloat16() -> bool:
+    """Return whether this CPU has instructions for bfloat16 products; without them, bfloat16 is slower than float32."""
+    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
+    return any(features.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+# A micro-batch that holds whole groups shares prompts and padding within each group. The key that the user has not set
+# is fitted to the other one. Groups of fewer than four responses estimate the baseline badly; TRL's size is then kept.
+def with_whole_groups(config: RunConfig, observer: Observer = SILENT) -> RunConfig:
+    """Return the run with micro-batches of whole groups, if only one of the two sizes is set."""
+    batch, group = (config.trl.get(key) for key in ("per_device_train_batch_size", "num_generations"))
+    if config.rest.is_supervised or (batch is None) == (group is None):
+        return config
+    if group is not None:
+        found = {"per_device_train_batch_size": max(1, DEFAULT_SIZE // group) * group}
+    else:
+        sizes = [size for size in range(MIN_FITTED_GROUP, DEFAULT_SIZE + 1) if batch % size == 0]
+        found = {"num_generations": max(sizes, default=DEFAULT_SIZE)}
+    ((name, value),) = found.items()
+    if value == DEFAULT_SIZE:
+        return config
+    observer.say(f"trl.{name} = {value}, so that micro-batches hold whole groups (to change: --set trl.{name}=N)")
+    return dataclasses.replace(config, trl={**config.trl, **found})
 
 
 def make_trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfig | SFTConfig:
