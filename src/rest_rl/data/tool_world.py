@@ -70,7 +70,7 @@ _NOUNS = tuple(YIELDS)
 # Every fifth combination is held out.
 _FIFTH = 5
 # The kinds of nine dialogues, which give ten samples. Each cycle is shuffled, so the share of each kind is exact.
-_CYCLE = ("single",) * 4 + ("parallel",) * 2 + ("none",) * 2 + ("dependent",)
+CYCLE = ("single",) * 4 + ("parallel",) * 2 + ("none",) * 2 + ("dependent",)
 
 
 class WorldTool(NamedTuple):
@@ -163,7 +163,7 @@ def dialogues(
         raise UserError(f"num_tools is {num_tools}", f"2 to {len(_NOUNS) - 2}")
     rng, index = random.Random(f"{split} {seed}"), 0
     while True:
-        for kind in rng.sample(_CYCLE, len(_CYCLE)):
+        for kind in rng.sample(CYCLE, len(CYCLE)):
             if kind in (kinds or KINDS):
                 dialogue = _dialogue(rng, f"{split}-{seed}-{index}", kind, split, num_tools, decision)
                 yield dialogue if decision == "reasoning" else _with_filler(rng, dialogue)
