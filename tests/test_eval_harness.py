@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rest_rl.data.tool_world import tool_world
-from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
+from rest_rl.evaluate.benchmarks.world import WorldTasks
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.harness import evaluate_all, split_batches, summarize
 from rest_rl.evaluate.log import SAMPLES, EvalLog
@@ -22,7 +22,7 @@ from rest_rl.evaluate.models.recorded import Oracle, Recorded, Recording, read_r
 from rest_rl.formats import get_format
 
 FORMAT = get_format("toolrl")
-TASKS = ToolWorldTasks(seed=1, prompts=9)
+TASKS = WorldTasks(seed=1, prompts=9)
 IDS = list(TASKS.groups)
 SETTINGS = {"model": "x"}
 
@@ -277,7 +277,7 @@ def test_invalid_responses_are_reported(tmp_path: Path, rows: list[object], matc
 
 
 def test_the_pin_names_the_decision_of_the_tool_world() -> None:
-    tasks = ToolWorldTasks(seed=1, prompts=4, decision="call")
+    tasks = WorldTasks(seed=1, prompts=4, decision="call")
     assert tasks.pin == "tool world (seed 1, 4 prompts per split, decided in the call)"
     assert [sample.gold for sample in tasks.samples.values()] == [
         sample.gold

@@ -21,9 +21,10 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
-from rest_rl.data.samples import Dialogue, ToolSample, decompose, to_message_call
+from rest_rl.data.samples import Dialogue, ToolSample, iterate_samples, to_message_call
 from rest_rl.errors import UserError
 from rest_rl.response import ToolCall
 
@@ -135,14 +136,8 @@ def tool_world(
             `dependent` (both turns together) and `none` are 20 % each.
         decision: Where the model decides what to call.
     """
-    samples: list[ToolSample] = []
-    if n <= 0:
-        return samples
-    for dialogue in dialogues(seed, split, num_tools=num_tools, kinds=kinds, decision=decision):
-        samples += decompose(dialogue)
-        if len(samples) >= n:
-            break
-    return samples[:n]
+    drawn = dialogues(seed, split, num_tools=num_tools, kinds=kinds, decision=decision)
+    return list(islice(iterate_samples(drawn), max(n, 0)))
 
 
 def dialogues(

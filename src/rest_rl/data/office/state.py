@@ -194,7 +194,9 @@ def send(office: Office, given: Arguments) -> Result:
 def search_inbox(office: Office, given: Arguments) -> Result:
     sender = given["sender"]
     number = min(office.number(1, 3, sender), int(given.get("limit", 3)))
-    mails = [{"id": office.draw("message_id", sender, n), "subject": office.draw("title", sender, n)} for n in range(number)]
+    mails = [
+        {"id": office.draw("message_id", sender, n), "subject": office.draw("title", sender, n)} for n in range(number)
+    ]
     return {"mails": mails}
 
 
@@ -223,7 +225,10 @@ def historical_rate(office: Office, given: Arguments) -> Result:
 @_tool("submit_expense")
 def submit_expense(office: Office, given: Arguments) -> Result:
     _rate(given["currency"], given["currency"])
-    return {"status": "submitted", "claim": office.number(1000, 9999, given["amount"], given["category"], len(office.log))}
+    return {
+        "status": "submitted",
+        "claim": office.number(1000, 9999, given["amount"], given["category"], len(office.log)),
+    }
 
 
 @_tool("search_flights")
