@@ -108,7 +108,7 @@ class ModelTable(Table):
 
 @dataclass(frozen=True)
 class DataTable(Table):
-    """`[data]`: a generator (`embedded`: the tool world, or `office`), or dialogues from a file, folder or hub dataset (docs/data.md)."""
+    """`[data]`: a generator of dialogues (`embedded`: the tool world, or `office`), or your own (docs/data.md)."""
 
     path: str = EMBEDDED
     source: str = "auto"

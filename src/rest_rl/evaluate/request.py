@@ -58,9 +58,7 @@ class EvalRequest:
     prompt: str | None = _option(None, PROMPT_PANEL, PROMPT_HELP, choices=("training", "native", "published"))
     prompt_from: str | None = _option(None, PROMPT_PANEL, "ToolRL's published rows, such as rlla_sft.json", "FILE")
     format: str | None = _option(None, PROMPT_PANEL, "format of tool calls (default: from run or template)", "F")
-    max_new_tokens: int | None = _option(
-        None, PROMPT_PANEL, "tokens per response (default: 4096; tool-world, office 160)", "N"
-    )
+    max_new_tokens: int | None = _option(None, PROMPT_PANEL, "tokens per response (default: 4096; worlds 160)", "N")
     context: int | None = _option(None, PROMPT_PANEL, "context length in tokens (default: the model's)", "N")
     batch_size: int | None = _option(None, PROMPT_PANEL, "batch of a local model (default: 16; vLLM 256, BFCL 64)", "N")
     concurrency: int = _option(8, SERVER_PANEL, "requests at the same time", "N")
@@ -82,7 +80,7 @@ class EvalRequest:
     version: Literal["v3", "v4"] = _option(
         "v3",
         BENCHMARK_PANEL,
-        "bfcl-eval 2025.6.14 (the paper's) or 2026.3.23",
+        "bfcl-eval 2025.6.14 (the paper's), 2026.3.23",
         only_for=("bfcl",),
         choices=("v3", "v4"),
     )

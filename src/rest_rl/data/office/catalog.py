@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -35,9 +35,9 @@ class OfficeTool(NamedTuple):
     area: str
     function: Mapping[str, Any]
     slots: Mapping[str, Any]
-    requests: list[str]
-    unseen_requests: list[str] = []
-    rivals: list[str] = []
+    requests: Sequence[str]
+    unseen_requests: Sequence[str] = ()
+    rivals: Sequence[str] = ()
     unseen: bool = False
 
     @property
@@ -61,8 +61,8 @@ class Chain(NamedTuple):
 
     tools: list[str]
     take: Mapping[str, str]
-    requests: list[str]
-    unseen_requests: list[str] = []
+    requests: Sequence[str]
+    unseen_requests: Sequence[str] = ()
 
 
 TOOLS = {tool.name: tool for tool in (OfficeTool(**entry) for entry in _CATALOG["tools"])}

@@ -7,6 +7,7 @@ A hash of a value decides whether it is held out: about one in five is. Names co
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from datetime import date, timedelta
 from typing import Any, NamedTuple
@@ -59,13 +60,14 @@ def draw_value(faker: Faker, slot: Any, held_out: bool, taken: set[str] | None =
         sku, quantity = (draw_value(faker, kind, held_out, taken) for kind in ("sku", "count"))
         return Value({"sku": sku.gold, "quantity": quantity.gold}, f"{quantity.text} units of {sku.text}")
     while True:
-        value = _draw_any(faker, slot)
+        value = draw_any(faker, slot)
         if is_held_out_value(value.gold) == held_out and (not isinstance(value.gold, str) or value.gold not in taken):
             taken.add(str(value.gold))
             return value
 
 
-def _draw_any(faker: Faker, kind: str) -> Value:
+def draw_any(faker: Faker, kind: str) -> Value:
+    """Draw a value of a kind, held out or not."""
     rng = faker.random
     if kind in _FIRST_DAY:
         day = _FIRST_DAY[kind] + timedelta(rng.randrange(_DAYS))
@@ -91,7 +93,7 @@ def _draw_plain(faker: Faker, kind: str) -> Any:
     if kind == "person":
         return f"{faker.first_name()} {faker.last_name()}"
     if kind == "email":
-        return write_email(faker, faker.first_name())
+        return write_email(faker.first_name(), faker.domain_word())
     if kind == "street":
         return f"{rng.randrange(1, 300)} {faker.street_name()}"
     if kind == "company":
@@ -102,10 +104,9 @@ def _draw_plain(faker: Faker, kind: str) -> Any:
     return faker.bothify(known, letters=_LETTERS) if isinstance(known, str) else rng.choice(known)
 
 
-def write_email(faker: Faker, name: str) -> str:
-    """Return an email address for the first name at a random company."""
-    user = "".join(letter for letter in name.split(" ")[0].lower() if letter.isascii() and letter.isalnum()) or "mail"
-    return f"{user}@{faker.domain_word()}.com"
+def write_email(name: str, domain: str) -> str:
+    """Return the email address of a person at a company."""
+    return f"{re.sub('[^a-z]', '', name.partition(' ')[0].lower()) or 'mail'}@{domain}.com"
 
 
 def write_date(day: date) -> tuple[str, str]:
