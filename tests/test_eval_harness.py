@@ -276,6 +276,13 @@ def test_invalid_responses_are_reported(tmp_path: Path, rows: list[object], matc
         read_responses(write(tmp_path / "r.jsonl", *rows), TASKS.groups)
 
 
+def test_the_office_is_the_same_benchmark_with_its_own_splits() -> None:
+    tasks = WorldTasks("office", seed=1, prompts=4)
+    assert (tasks.name, tasks.pin) == ("office", "office (seed 1, 4 prompts per split)")
+    assert list(dict.fromkeys(tasks.groups.values())) == ["unseen_tools", "unseen_phrasings", "unseen_values"]
+    assert len(tasks.samples) == 12
+
+
 def test_the_pin_names_the_decision_of_the_tool_world() -> None:
     tasks = WorldTasks(seed=1, prompts=4, decision="call")
     assert tasks.pin == "tool world (seed 1, 4 prompts per split, decided in the call)"
