@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "rest_rl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT, MAX_LINES = 700, 60, 17, 29_640
+MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT, MAX_LINES = 700, 60, 17, 31_000
 IMPORTED_IN = {
     "trl": ["train/trl/*.py", "train/sft.py", "train/estimate.py", "train/verl/*.py"],
     "datasets": ["data/reading.py", "train/prompts.py", "train/sft.py", "train/run.py"],
@@ -22,7 +22,8 @@ IMPORTED_IN = {
     "typer": ["cli/*.py"],
     "pydantic": ["config.py", "compare/grid.py", "weights.py", "rewards.py"],
     "pandas": ["report/tables.py", "evaluate/tables.py", "compare/*.py"],
-    "jsonschema": ["data/*.py"],
+    "jsonschema": ["data/*.py", "data/office/*.py"],
+    "faker": ["data/office/*.py"],
     "referencing": ["data/gold.py"],
     "pyarrow": ["data/reading.py", "data/write.py"],
     "transformers": ["train/*.py", "train/trl/*.py", "evaluate/generate.py"],

@@ -15,6 +15,7 @@ from rest_rl.cli.app import main
 from rest_rl.data.load import load_dataset
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import tool_world
+from rest_rl.data.worlds import open_world
 from rest_rl.response import Gold
 from tests.sample_files import load_samples, save_samples
 
@@ -391,6 +392,15 @@ def test_world_writes_the_tool_world(tmp_path: Path, ending: str, capsys: pytest
     assert load_dataset(str(out))[0] == tool_world(0, 20, decision="call")
 
 
+def test_office_writes_the_office(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "office.jsonl"
+    assert run(capsys, "office", "--out", out, "-n", 30, "--seed", 5, "--split", "unseen_phrasings")[0] == 0
+    samples, report = load_dataset(str(out))
+    assert samples == open_world("office").draw(5, 30, "unseen_phrasings")
+    assert report.kept == 30
+    assert "-n is 0, expected at least 1" in error_of(capsys, "office", "--out", out, "-n", 0)
+
+
 def test_the_command_is_fast_and_imports_no_torch(rows: Path) -> None:
     code = """
 import sys
@@ -405,7 +415,7 @@ print('torch' in sys.modules, file=sys.stderr)
     assert (done.stderr.strip(), json.loads(done.stdout)["rows"]) == ("False", 6)
 
 
-@pytest.mark.parametrize("action", ["", "check", "convert", "show", "split", "world", "build"])
+@pytest.mark.parametrize("action", ["", "check", "convert", "show", "split", "world", "office", "build"])
 def test_help_has_an_example(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", *([action] if action else []), "--help"]) == 0
     assert "rest-rl data " in capsys.readouterr().out.split("example", 1)[1]

@@ -16,7 +16,7 @@ import pytest
 
 from rest_rl.cli.app import main
 from rest_rl.data.shapes import RowContext, api_bank
-from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
+from rest_rl.evaluate.benchmarks.world import WorldTasks
 from rest_rl.evaluate.harness import summarize
 from rest_rl.formats import get_format
 from tests.test_api_bank import GOLD, ROW
@@ -152,7 +152,7 @@ def test_tables_without_a_figure(here: Path, capsys: pytest.CaptureFixture[str])
     assert sorted(path.name for path in (here / "t").iterdir()) == ["tables.csv", "tables.md", "tables.tex"]
     failed = [{**row, "correct": None, "error": "503"} for row in rows_of(here / "a")]
     (here / "a" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in failed), encoding="utf-8")
-    summary = {**summary_of(here / "a"), **summarize(ToolWorldTasks(seed=0, prompts=4), failed)}
+    summary = {**summary_of(here / "a"), **summarize(WorldTasks(seed=0, prompts=4), failed)}
     (here / "a" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     assert run("table", "a") == 0
     out = capsys.readouterr().out

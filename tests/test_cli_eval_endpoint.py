@@ -17,13 +17,13 @@ import pytest
 from rest_rl.cli.app import main
 from rest_rl.config import ModelTable
 from rest_rl.data.layout import PromptLayout
-from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
+from rest_rl.evaluate.benchmarks.world import WorldTasks
 from rest_rl.formats import get_format
 from rest_rl.train.policy import embedded_model_dir, load_policy_tokenizer
 from tests.model_server import Handler, Server, hang, reply_with, respond_with, serve_models
 
 PROMPTS = 10
-TASKS = ToolWorldTasks(seed=20_000, prompts=PROMPTS)
+TASKS = WorldTasks(seed=20_000, prompts=PROMPTS)
 GARBAGE = "<tool_call>\n{not json}\n</tool_call><tool_call>"
 
 

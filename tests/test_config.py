@@ -141,6 +141,14 @@ def test_a_held_out_file_for_the_tool_world_is_an_error() -> None:
     RunConfig.from_toml("", ["data.held_out=a.jsonl", "data.path=b.jsonl"])
 
 
+def test_the_office_has_its_own_held_out_set_and_no_decision() -> None:
+    with pytest.raises(ValueError, match=r"data\.path 'office' has its own"):
+        RunConfig.from_toml("", ["data.held_out=a.jsonl", "data.path=office"])
+    with pytest.raises(ValueError, match=r"data\.decision is 'call'"):
+        RunConfig.from_toml("", ["data.decision=call", "data.path=office"])
+    assert RunConfig.from_toml("", ["eval.every=5", "data.path=office"]).eval.every == 5
+
+
 def test_a_table_built_in_python_is_validated() -> None:
     with pytest.raises(UserError, match=r"eval\.samples_per_prompt is 0, expected at least 1"):
         EvalTable(samples_per_prompt=0)

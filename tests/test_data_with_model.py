@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ import pytest
 from transformers import AutoConfig
 
 from rest_rl.cli.app import main
-from rest_rl.config import read_run_file
+from rest_rl.config import RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.load import load_dataset
 from rest_rl.errors import UserError
 from rest_rl.runlog import RunLog
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import context_length
-from rest_rl.train.prompts import IGNORED_LABEL
+from rest_rl.train.prompts import IGNORED_LABEL, read_data
 from rest_rl.train.request import resolve_run
 from rest_rl.train.run import make_plan, train
+from rest_rl.train.sft import build_demonstrations
 from rest_rl.train.trl.engine import TrlEngine
 from tests.model_families import DIALOGUES, family_tokenizer, save_dialogues, save_family
 from tests.sample_files import labelled_dataset, load_samples
@@ -233,6 +235,17 @@ def test_the_tool_world_in_a_small_context() -> None:
     assert all(len(each.prompt_ids) + 700 <= 1024 for each in plan.data.prepared)
     with pytest.raises(UserError):
         make_plan({**tables, "trl": {"max_completion_length": 1000}}, is_dry=True)
+
+
+def test_the_office_is_read_like_the_tool_world_and_gives_demonstrations() -> None:
+    layout = PromptLayout(family_tokenizer("qwen3"), "hermes")
+    data = read_data(
+        RunConfig.from_tables({"data": {"path": "office", "num_samples": 20}, "eval": {"prompts": 6}}), layout
+    )
+    held_out = Counter(split for split, _ in data.held_out)
+    assert held_out == {"unseen_tools": 6, "unseen_phrasings": 6, "unseen_values": 6}
+    rows, rejected = build_demonstrations(data.prepared, layout)
+    assert (len(rows), rejected) == (20, [])
 
 
 def test_control_tokens_in_gold_and_prompt(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

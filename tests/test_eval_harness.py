@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rest_rl.data.tool_world import tool_world
-from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
+from rest_rl.evaluate.benchmarks.world import WorldTasks
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.harness import evaluate_all, split_batches, summarize
 from rest_rl.evaluate.log import SAMPLES, EvalLog
@@ -22,7 +22,7 @@ from rest_rl.evaluate.models.recorded import Oracle, Recorded, Recording, read_r
 from rest_rl.formats import get_format
 
 FORMAT = get_format("toolrl")
-TASKS = ToolWorldTasks(seed=1, prompts=9)
+TASKS = WorldTasks(seed=1, prompts=9)
 IDS = list(TASKS.groups)
 SETTINGS = {"model": "x"}
 
@@ -276,8 +276,15 @@ def test_invalid_responses_are_reported(tmp_path: Path, rows: list[object], matc
         read_responses(write(tmp_path / "r.jsonl", *rows), TASKS.groups)
 
 
+def test_the_office_is_the_same_benchmark_with_its_own_splits() -> None:
+    tasks = WorldTasks("office", seed=1, prompts=4)
+    assert (tasks.name, tasks.pin) == ("office", "office (seed 1, 4 prompts per split)")
+    assert list(dict.fromkeys(tasks.groups.values())) == ["unseen_tools", "unseen_phrasings", "unseen_values"]
+    assert len(tasks.samples) == 12
+
+
 def test_the_pin_names_the_decision_of_the_tool_world() -> None:
-    tasks = ToolWorldTasks(seed=1, prompts=4, decision="call")
+    tasks = WorldTasks(seed=1, prompts=4, decision="call")
     assert tasks.pin == "tool world (seed 1, 4 prompts per split, decided in the call)"
     assert [sample.gold for sample in tasks.samples.values()] == [
         sample.gold

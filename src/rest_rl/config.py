@@ -35,6 +35,8 @@ else:
 
 # Value of `model.path` and `data.path` for the model and the tool world that ship with the package.
 EMBEDDED = "embedded"
+# Values of `data.path` for the worlds, the generators of dialogues, and the names that the commands have for them.
+WORLDS = {EMBEDDED: "tool-world", "office": "office"}
 # Value of `rest.format` and `data.source` for detection from the chat template and from the rows.
 AUTO = "auto"
 # Maximum response length in tokens if neither the run nor the model's context length limits it.
@@ -106,22 +108,22 @@ class ModelTable(Table):
 
 @dataclass(frozen=True)
 class DataTable(Table):
-    """`[data]`: the tool world (`embedded`), or dialogues from a file, folder or hub dataset (docs/data.md)."""
+    """`[data]`: a generator of dialogues (`embedded`: the tool world, or `office`), or your own (docs/data.md)."""
 
     path: str = EMBEDDED
     source: str = "auto"
     """Row shape; `auto` detects it from the keys."""
     num_samples: PositiveInt = 2000
-    """Training prompts to draw from the tool world; files are always read whole."""
+    """Training prompts to draw from a generator; files are always read whole."""
     seed: int = 0
-    """Seed of the tool world and of name masking."""
+    """Seed of the generator and of name masking."""
     decision: Literal["reasoning", "call"] = "reasoning"
     """Whether the tool world's responses choose the tool in their reasoning or only in the call itself. `call` needs a
     model that was trained for it."""
     turns: Literal["all", "calls"] = "all"
     """`calls` trains only on turns with gold calls; the held-out set keeps all turns."""
     held_out: str = ""
-    """Held-out set for your own data; if empty, nothing is evaluated. The tool world has its own held-out set."""
+    """Held-out set for your own data; if empty, nothing is evaluated. A generator has its own held-out set."""
     max_prompt_tokens: NonNegativeInt = 0
     """Maximum prompt length in tokens; 0 allows the context length minus the maximum response length."""
     too_long: Literal["drop", "refuse"] = "drop"
@@ -135,9 +137,12 @@ class DataTable(Table):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.held_out and self.path == EMBEDDED:
-            problem = f"data.held_out is {self.held_out!r}, but data.path {EMBEDDED!r} has its own held-out set"
+        if self.held_out and self.path in WORLDS:
+            problem = f"data.held_out is {self.held_out!r}, but data.path {self.path!r} has its own held-out set"
             raise UserError(problem, remedy="set data.path to your own data, or remove data.held_out")
+        if self.decision == "call" and self.path == "office":
+            problem = f"data.decision is 'call', but data.path {self.path!r} does not use it"
+            raise UserError(problem, f"data.path {EMBEDDED!r}", "remove data.decision")
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ class RunConfig:
         if self.model.load_in_4bit and not self.peft:
             problem = "model.load_in_4bit is true without [peft], and 4-bit weights cannot be trained"
             raise UserError(problem, remedy="add [peft] with r = 16 to train adapters")
-        if self.eval.every and self.data.path != EMBEDDED and not self.data.held_out:
+        if self.eval.every and self.data.path not in WORLDS and not self.data.held_out:
             problem = f"eval.every is {self.eval.every}, but there is no held-out set"
             raise UserError(problem, remedy="set data.held_out, or eval.every to 0")
 

@@ -36,6 +36,7 @@ examples:
   rest-rl data show my.jsonl 17 --model Qwen/Qwen3-0.6B
   rest-rl data split train.jsonl --test 0.1 --seed 0
   rest-rl data world --out world.jsonl -n 1000
+  rest-rl data office --out office.jsonl -n 1000
   rest-rl data build toolrl-4k --out mix.parquet --seed 0
 
 A FILE is one of: a .jsonl, .ndjson, .json or .parquet file (text files also
@@ -50,6 +51,8 @@ group = verb_group(epilog=EPILOG, help="Check data files, and prepare them for t
 Files = Annotated[list[str], typer.Argument(metavar="FILE", help="data files, folders or hub datasets")]
 File = Annotated[str, typer.Argument(metavar="FILE", help="a data file, a folder or a hub dataset")]
 OutFile = Annotated[str, typer.Option("--out", metavar="OUT", help="file to write: NAME.jsonl or NAME.parquet")]
+Count = Annotated[int, typer.Option("-n", metavar="N", help="number of samples")]
+SequenceSeed = Annotated[int, typer.Option("--seed", metavar="S", help="seed of the sequence")]
 Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 if anything is rejected or no sample is left")]
 TestFile = Annotated[
     str | None, typer.Option("--test", metavar="FILE", help="test file; reject prompts that it also contains")
@@ -266,8 +269,8 @@ def split(
 @add("--out world.jsonl -n 1000 --split unseen_tools")
 def world(
     out: OutFile,
-    n: Annotated[int, typer.Option("-n", metavar="N", help="number of samples")] = 1000,
-    seed: Annotated[int, typer.Option(metavar="S", help="seed of the sequence")] = 0,
+    n: Count = 1000,
+    seed: SequenceSeed = 0,
     split: Annotated[
         Literal["train", "unseen_tools", "unseen_values"], typer.Option(help="split of the tool world")
     ] = "train",
@@ -276,16 +279,37 @@ def world(
     ] = "reasoning",
 ) -> None:
     """Generate samples of the embedded tool world."""
-    from rest_rl.data.samples import decompose
-    from rest_rl.data.tool_world import dialogues
+    from rest_rl.config import EMBEDDED
+
+    _write_world(EMBEDDED, out, n, seed, split, decision)
+
+
+@add("--out office.jsonl -n 1000 --split unseen_phrasings")
+def office(
+    out: OutFile,
+    n: Count = 1000,
+    seed: SequenceSeed = 0,
+    split: Annotated[
+        Literal["train", "unseen_tools", "unseen_phrasings", "unseen_values"], typer.Option(help="split of the office")
+    ] = "train",
+) -> None:
+    """Generate samples with the tools of an office, in plain English."""
+    _write_world("office", out, n, seed, split)
+
+
+def _write_world(
+    path: str, out: str, n: int, seed: int, split: str, decision: Literal["reasoning", "call"] = "reasoning"
+) -> None:
+    from rest_rl.data.samples import iterate_samples
+    from rest_rl.data.worlds import open_world
     from rest_rl.data.write import check_output, sample_writer
 
     check_output(Path(out), [])
     if n < 1:
         raise UserError(f"-n is {n}", "at least 1")
-    drawn = dialogues(seed, split, decision=decision)
+    drawn = open_world(path, decision).dialogues(seed, split)
     with sample_writer(Path(out)) as write:
-        for sample in islice((sample for dialogue in drawn for sample in decompose(dialogue)), n):
+        for sample in islice(iterate_samples(drawn), n):
             write(sample)
     print(f"wrote {out}: {count_of(n, 'sample')}, split {split}, seed {seed}")
 

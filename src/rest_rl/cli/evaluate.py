@@ -60,7 +60,7 @@ def _add_benchmark(name: str, help: str, example: str, *arguments: inspect.Param
     def command(**values: Any) -> int:
         return _evaluate({"benchmark": name, **values})
 
-    options = [own for own in fields(EvalRequest) if own.metadata.get("only_for", name) == name and own.metadata]
+    options = [own for own in fields(EvalRequest) if own.metadata and name in own.metadata.get("only_for", (name,))]
     # Options of this benchmark first, then the shared ones; the sort is stable.
     options.sort(key=lambda own: "only_for" not in own.metadata)
     parameters = [*arguments, *(_parameter(own.name, own.default, own.metadata) for own in options)]
@@ -86,6 +86,11 @@ _add_benchmark(
     "tool-world",
     "Evaluate on the tool world: exact match on unseen tools and unseen values.",
     "tool-world --model runs/tool-world",
+)
+_add_benchmark(
+    "office",
+    "Evaluate on the office's tools: exact match on unseen tools, unseen phrasings and unseen values.",
+    "office --model runs/mine",
 )
 ADDRESS = typer.Argument(metavar="MODULE:OBJECT", help="a rest_rl.Benchmark, or a function that returns one")
 _add_benchmark(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,6 +88,11 @@ def decompose(dialogue: Dialogue) -> list[ToolSample]:
     if bad:
         raise UserError(f"dialogue {dialogue.id!r}: {bad[0].problem}")
     return samples
+
+
+def iterate_samples(dialogues: Iterable[Dialogue]) -> Iterator[ToolSample]:
+    """Yield the samples of dialogues in order."""
+    return (sample for dialogue in dialogues for sample in decompose(dialogue))
 
 
 def decompose_readable(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn]]:

@@ -21,9 +21,10 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
-from rest_rl.data.samples import Dialogue, ToolSample, decompose, to_message_call
+from rest_rl.data.samples import Dialogue, ToolSample, iterate_samples, to_message_call
 from rest_rl.errors import UserError
 from rest_rl.response import ToolCall
 
@@ -70,7 +71,7 @@ _NOUNS = tuple(YIELDS)
 # Every fifth combination is held out.
 _FIFTH = 5
 # The kinds of nine dialogues, which give ten samples. Each cycle is shuffled, so the share of each kind is exact.
-_CYCLE = ("single",) * 4 + ("parallel",) * 2 + ("none",) * 2 + ("dependent",)
+CYCLE = ("single",) * 4 + ("parallel",) * 2 + ("none",) * 2 + ("dependent",)
 
 
 class WorldTool(NamedTuple):
@@ -135,14 +136,8 @@ def tool_world(
             `dependent` (both turns together) and `none` are 20 % each.
         decision: Where the model decides what to call.
     """
-    samples: list[ToolSample] = []
-    if n <= 0:
-        return samples
-    for dialogue in dialogues(seed, split, num_tools=num_tools, kinds=kinds, decision=decision):
-        samples += decompose(dialogue)
-        if len(samples) >= n:
-            break
-    return samples[:n]
+    drawn = dialogues(seed, split, num_tools=num_tools, kinds=kinds, decision=decision)
+    return list(islice(iterate_samples(drawn), max(n, 0)))
 
 
 def dialogues(
@@ -163,7 +158,7 @@ def dialogues(
         raise UserError(f"num_tools is {num_tools}", f"2 to {len(_NOUNS) - 2}")
     rng, index = random.Random(f"{split} {seed}"), 0
     while True:
-        for kind in rng.sample(_CYCLE, len(_CYCLE)):
+        for kind in rng.sample(CYCLE, len(CYCLE)):
             if kind in (kinds or KINDS):
                 dialogue = _dialogue(rng, f"{split}-{seed}-{index}", kind, split, num_tools, decision)
                 yield dialogue if decision == "reasoning" else _with_filler(rng, dialogue)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from rest_rl.config import WORLDS
 from rest_rl.errors import UserError
 from rest_rl.formats import get_format
 
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from rest_rl.evaluate.conversation import Benchmark, Model
 
 Source = Literal["oracle", "responses", "endpoint", "object", "checkpoint"]
-DEFAULT_MAX_NEW_TOKENS, TOOL_WORLD_MAX_NEW_TOKENS = 4096, 160
-"""Default response limits in tokens: API-Bank's published setting, and the tool world's short tasks."""
+DEFAULT_MAX_NEW_TOKENS, WORLD_MAX_NEW_TOKENS = 4096, 160
+"""Default response limits in tokens: API-Bank's published setting, and the generators' short tasks."""
 BATCH_SIZE, VLLM_BATCH_SIZE, BFCL_BATCH_SIZE = 16, 256, 64
 """Conversations per batch. vLLM schedules its own batches; each BFCL conversation may occupy a process."""
 MODEL_OPTIONS = ("changes", "context", "max_new_tokens", "tokenizer", "requests_per_minute", "extra_body")
@@ -44,7 +45,7 @@ class EvalRequest:
     """The benchmark, the model and the options of one evaluation.
 
     The fields are the options of `rest-rl eval`; `rest-rl eval --help` explains them. `benchmark` is `bfcl`,
-    `api-bank`, `tool-world`, a `package.module:OBJECT` or a `Benchmark`; `model` may also be a `Model`.
+    `api-bank`, `tool-world`, `office`, a `package.module:OBJECT` or a `Benchmark`; `model` may also be a `Model`.
     """
 
     benchmark: str | Benchmark
@@ -57,7 +58,7 @@ class EvalRequest:
     prompt: str | None = _option(None, PROMPT_PANEL, PROMPT_HELP, choices=("training", "native", "published"))
     prompt_from: str | None = _option(None, PROMPT_PANEL, "ToolRL's published rows, such as rlla_sft.json", "FILE")
     format: str | None = _option(None, PROMPT_PANEL, "format of tool calls (default: from run or template)", "F")
-    max_new_tokens: int | None = _option(None, PROMPT_PANEL, "tokens per response (default: 4096; tool world 160)", "N")
+    max_new_tokens: int | None = _option(None, PROMPT_PANEL, "tokens per response (default: 4096; worlds 160)", "N")
     context: int | None = _option(None, PROMPT_PANEL, "context length in tokens (default: the model's)", "N")
     batch_size: int | None = _option(None, PROMPT_PANEL, "batch of a local model (default: 16; vLLM 256, BFCL 64)", "N")
     concurrency: int = _option(8, SERVER_PANEL, "requests at the same time", "N")
@@ -74,15 +75,23 @@ class EvalRequest:
     name: str | None = _option(None, OUTPUT_PANEL, "name of the model in tables (default: its path)", "NAME")
     resume: bool = _option(False, OUTPUT_PANEL, "continue in the folder: run missing and failed samples")
     data: str | None = _option(
-        None, BENCHMARK_PANEL, "folder with level-{1,2,3}-api_processed.json", "DIR", only_for="api-bank"
+        None, BENCHMARK_PANEL, "folder with level-{1,2,3}-api_processed.json", "DIR", only_for=("api-bank",)
     )
     version: Literal["v3", "v4"] = _option(
-        "v3", BENCHMARK_PANEL, "bfcl-eval 2025.6.14 (the paper's) or 2026.3.23", only_for="bfcl", choices=("v3", "v4")
+        "v3",
+        BENCHMARK_PANEL,
+        "bfcl-eval 2025.6.14 (the paper's), 2026.3.23",
+        only_for=("bfcl",),
+        choices=("v3", "v4"),
     )
-    prompts: int = _option(256, BENCHMARK_PANEL, "prompts per split", "N", only_for="tool-world")
-    seed: int = _option(20_000, BENCHMARK_PANEL, "seed of the prompts", "N", only_for="tool-world")
+    prompts: int = _option(256, BENCHMARK_PANEL, "prompts per split", "N", only_for=tuple(WORLDS.values()))
+    seed: int = _option(20_000, BENCHMARK_PANEL, "seed of the prompts", "N", only_for=tuple(WORLDS.values()))
     decision: Literal["reasoning", "call"] = _option(
-        "reasoning", BENCHMARK_PANEL, "where the tool is chosen", only_for="tool-world", choices=("reasoning", "call")
+        "reasoning",
+        BENCHMARK_PANEL,
+        "where the tool is chosen",
+        only_for=("tool-world",),
+        choices=("reasoning", "call"),
     )
     command: tuple[str, ...] = field(default=(), repr=False)
     """The command line, recorded in environment.json."""
@@ -129,7 +138,7 @@ class EvalRequest:
     @property
     def response_limit(self) -> int:
         """The maximum number of tokens per response."""
-        default = TOOL_WORLD_MAX_NEW_TOKENS if self.benchmark == "tool-world" else DEFAULT_MAX_NEW_TOKENS
+        default = WORLD_MAX_NEW_TOKENS if self.benchmark in WORLDS.values() else DEFAULT_MAX_NEW_TOKENS
         return default if self.max_new_tokens is None else self.max_new_tokens
 
     @property

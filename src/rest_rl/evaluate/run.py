@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rest_rl.config import AUTO
+from rest_rl.config import AUTO, WORLDS
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Benchmark, Model, Request
 from rest_rl.evaluate.harness import evaluate_all, group_label, summarize
@@ -79,7 +79,7 @@ def evaluate(
     """Evaluate a model on a benchmark and write the evaluation folder.
 
     Args:
-        benchmark: `bfcl`, `api-bank`, `tool-world`, a `package.module:OBJECT`, or a `Benchmark`.
+        benchmark: `bfcl`, `api-bank`, `tool-world`, `office`, a `package.module:OBJECT`, or a `Benchmark`.
         model: A run folder, model or adapter folder, Hub name or `Model`; None with `responses=` or `oracle=`.
         observer: Receives progress and notes.
         options: The other fields of `EvalRequest`: `data=`, `endpoint=`, `format=`, `limit=`, `out=`, `resume=`, ...
@@ -174,16 +174,17 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
             remedy = "pass the folder with ToolRL's level-1-, level-2- and level-3-api_processed.json as --data"
             raise UserError("api-bank needs its data", remedy=remedy)
         return ApiBank(request.data, keep_prompts=plan.keep_prompts)
-    if name == "tool-world":
-        from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
+    if name in WORLDS.values():
+        from rest_rl.evaluate.benchmarks.world import WorldTasks
 
-        return ToolWorldTasks(seed=request.seed, prompts=request.prompts, decision=request.decision)
+        world = next(path for path, title in WORLDS.items() if title == name)
+        return WorldTasks(world, seed=request.seed, prompts=request.prompts, decision=request.decision)
     if name == "bfcl":
         from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
 
         return Bfcl(request.version, request.categories or None)
     if ":" not in name:
-        expected = "bfcl, api-bank, tool-world or package.module:OBJECT"
+        expected = "bfcl, api-bank, tool-world, office or package.module:OBJECT"
         raise UserError(f"unknown benchmark {name!r}", expected, "correct the name")
     found: Any = load_object(name, "benchmark")
     makes_one = isinstance(found, type) or (callable(found) and not hasattr(found, "start"))

@@ -27,7 +27,7 @@ Summary = Mapping[str, Any]
 Models = Sequence[tuple[str, Summary]]
 """(name, summary) of evaluations with the same benchmark and pin."""
 AVERAGES = "Averages"
-BENCHMARK_TITLES = {"bfcl": "BFCL", "api_bank": "API-Bank", "tool_world": "Tool world"}
+BENCHMARK_TITLES = {"bfcl": "BFCL", "api_bank": "API-Bank", "tool_world": "Tool world", "office": "Office"}
 METRIC_TITLES = {"soft": "soft (the published metric)", "strict": "strict (exactly the one right call)"}
 BFCL_LABELS = {
     "simple": "Simple Python",

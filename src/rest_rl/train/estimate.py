@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from rest_rl.config import EMBEDDED, RunConfig
+from rest_rl.config import WORLDS, RunConfig
 from rest_rl.errors import UserError
 from rest_rl.train.duration import Duration
 
@@ -346,7 +346,7 @@ class _MemoryModel:
         elif is_reinforcement(args) and not args.use_vllm:
             together = self.work.responses // self.processes
             alternatives.append(self.responses(together, self.work.max_response, "responses"))
-        if table.prompts and self.sharding_level < 3 and (data.held_out or data.path == EMBEDDED):
+        if table.prompts and self.sharding_level < 3 and (data.held_out or data.path in WORLDS):
             together = min(table.batch_size, table.prompts * table.samples_per_prompt)
             limit = table.max_new_tokens or self.config.max_response_tokens
             alternatives.append(self.responses(together, limit, "held-out responses"))

@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rest_rl.config import EMBEDDED, DataTable, RunConfig
+from rest_rl.config import EMBEDDED, WORLDS, DataTable, RunConfig
 from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, check_rows, format_turn_mix, warn_about_answers
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared, Rejected, find_refusals, prepare, prepare_row
 from rest_rl.data.reasons import REASONS
 from rest_rl.data.samples import ToolSample, to_json
-from rest_rl.data.tool_world import SPLITS, tool_world
+from rest_rl.data.worlds import open_world
 from rest_rl.errors import UserError
 from rest_rl.formats import FORMATS, ToolFormat, demonstration_format
 from rest_rl.response import TURNS
@@ -121,7 +121,7 @@ class TrainingData:
 
     prepared: list[Prepared]
     held_out: list[tuple[str, Prepared]]
-    # Counts of the training file, as `rest-rl data check --json` prints them; empty for the tool world.
+    # Counts of the training file, as `rest-rl data check --json` prints them; empty for a world.
     report: dict[str, Any] = field(default_factory=dict)
     # Lines of rejected.jsonl: rows that lost samples, and samples that the engine cannot train on.
     rejected: list[dict[str, Any]] = field(default_factory=list)
@@ -159,10 +159,10 @@ def read_data(
     data, say = config.data, observer.say
     check_response_limit("trl.max_completion_length", response_tokens, layout)
     check = make_check_config(config, response_tokens)
-    if data.path == EMBEDDED:
-        if config.model.path != EMBEDDED:
+    if data.path in WORLDS:
+        if data.path == EMBEDDED != config.model.path:
             say("no data given: training on the built-in tool world")
-        return make_tool_world_data(config, check, layout, say)
+        return make_world_data(config, check, layout, say)
     held_out = read_held_out(config, check, layout, observer)
     if not data.held_out and (test_split := find_test_split(data.path)):
         say(f"{test_split} belongs to {data.path} but is not evaluated; to evaluate on it pass --held-out {test_split}")
@@ -207,18 +207,17 @@ def check_response_limit(key: str, response_tokens: int, layout: PromptLayout) -
         raise UserError(f"{key} is {response_tokens}", expected, "lower it, or use a model with a longer context")
 
 
-def make_tool_world_data(
+def make_world_data(
     config: RunConfig, check: CheckConfig, layout: PromptLayout, say: Callable[[str], Any]
 ) -> TrainingData:
     data, evaluation = config.data, config.eval
-    training = drop_too_long(tool_world(data.seed, data.num_samples, decision=data.decision), layout, check, data, say)
+    world = open_world(data.path, data.decision)
+    training = drop_too_long(world.draw(data.seed, data.num_samples, world.splits[0]), layout, check, data, say)
     check = make_held_out_check(config, check, layout)
     held_out = [
         (split, prepared)
-        for split in SPLITS[1:]
-        for prepared in drop_too_long(
-            tool_world(evaluation.seed, evaluation.prompts, split, decision=data.decision), layout, check, data, say
-        )
+        for split in world.held_out
+        for prepared in drop_too_long(world.draw(evaluation.seed, evaluation.prompts, split), layout, check, data, say)
     ]
     return TrainingData(select_turns(training, data), held_out)
 

@@ -1,4 +1,4 @@
-"""The held-out splits of the tool world as a benchmark that scores exact match, for any model.
+"""The held-out splits of a world (a generator of dialogues) as a benchmark that scores exact match, for any model.
 
 Call turns and answer turns are also scored separately. In an answer turn any response without a call is correct.
 """
@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rest_rl.config import EMBEDDED, WORLDS
 from rest_rl.data.samples import ToolSample
-from rest_rl.data.tool_world import SPLITS, Decision, tool_world
+from rest_rl.data.tool_world import Decision
+from rest_rl.data.worlds import open_world
 from rest_rl.evaluate.conversation import Benchmark, Reply, SingleTurn
 from rest_rl.evaluate.harness import score_group
 from rest_rl.formats import ToolFormat
@@ -19,18 +21,22 @@ from rest_rl.response import TURNS, ParsedResponse
 from rest_rl.rewards import judge_parsed
 
 
-class ToolWorldTasks(Benchmark):
-    """The first `prompts` prompts of each held-out split; by default, a training run evaluates the same prompts."""
+class WorldTasks(Benchmark):
+    """The first `prompts` prompts of each held-out split; by default, a training run evaluates the same prompts.
 
-    name = "tool_world"
+    `world` is a value of `data.path`, one of `config.WORLDS`.
+    """
 
-    def __init__(self, *, seed: int, prompts: int, decision: Decision = "reasoning") -> None:
+    def __init__(self, world: str = EMBEDDED, *, seed: int, prompts: int, decision: Decision = "reasoning") -> None:
         # `prompts` is the number per split, as in [eval] of a run file
+        title = WORLDS[world].replace("-", " ")
+        self.name = title.replace(" ", "_")
         decided = "" if decision == "reasoning" else f", decided in the {decision}"
-        self.pin = f"tool world (seed {seed}, {prompts} prompts per split{decided})"
+        self.pin = f"{title} (seed {seed}, {prompts} prompts per split{decided})"
         self.samples: dict[str, ToolSample] = {}
-        for split in SPLITS[1:]:
-            for index, sample in enumerate(tool_world(seed, prompts, split, decision=decision)):
+        drawn = open_world(world, decision)
+        for split in drawn.held_out:
+            for index, sample in enumerate(drawn.draw(seed, prompts, split)):
                 self.samples[f"{split}/{index}"] = replace(sample, id=f"{split}/{index}")
         self.groups = {identity: identity.partition("/")[0] for identity in self.samples}
 
