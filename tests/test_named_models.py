@@ -280,11 +280,15 @@ def test_an_adapter_finds_its_named_base(tiny: WheelModel, tmp_path: Path, base:
     adapted.save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
-    table = ModelTable(path=str(tmp_path / "adapter"))
-    assert resolve_adapter(table)[0] == folder
-    model, tokenizer = load_policy(table)
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids_BT).logits, expected_BTV, rtol=1e-4, atol=1e-4)
+    adapter = str(tmp_path / "adapter")
+    for table in (ModelTable(path=adapter), ModelTable(path="tiny", adapter=adapter)):
+        assert tuple(map(str, resolve_adapter(table))) == (str(folder), adapter)
+        model, tokenizer = load_policy(table)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids_BT).logits, expected_BTV, rtol=1e-4, atol=1e-4)
+    for table in (ModelTable(path=adapter, adapter=adapter), ModelTable(path="tiny", adapter="tiny")):
+        with pytest.raises(UserError, match=r"model\.adapter"):
+            resolve_adapter(table)
     assert tokenizer.get_vocab() == load_policy_tokenizer(ModelTable(path="tiny")).get_vocab()
 
 

@@ -151,6 +151,16 @@ def load_generation_config(model: str | Path) -> Any:
 def resolve_adapter(config: ModelTable, observer: Observer = SILENT) -> tuple[str | Path, str | None]:
     """Return the locations of the base model and of the adapter; the second is None if the path is a whole model."""
     path = str(locate_model(config.path, observer))
+    if config.adapter:
+        require_peft(f"the adapter {config.adapter}")
+        adapter = str(locate_model(config.adapter))
+        if read_adapter_config(adapter) is None:
+            expected = f"a folder or hub name with an {ADAPTER_CONFIG}"
+            raise UserError(f"model.adapter {config.adapter!r} is not an adapter", expected, "change it")
+        if read_adapter_config(path) is not None:
+            problem = f"model.adapter is set, but model.path {config.path!r} is an adapter itself"
+            raise UserError(problem, "one adapter", "remove model.adapter, or set model.path to the base model")
+        return path, adapter
     recorded = read_adapter_config(path)
     if recorded is None:
         return path, None
@@ -208,15 +218,16 @@ def four_bit_config() -> BitsAndBytesConfig:
 def new_adapter_config(config: RunConfig) -> Any | None:
     """Return the LoraConfig of the adapter that a run adds; None without `[peft]` or if the model is an adapter."""
     requested = lora_config(config.peft)
-    recorded = None if requested is None else read_adapter_config(str(locate_model(config.model.path)))
-    if recorded is None:
+    adapter = None if requested is None else resolve_adapter(config.model)[1]
+    if adapter is None:
         return requested
+    recorded = read_adapter_config(adapter) or {}
     # Training continues on the recorded adapter: another [peft] would silently have no effect.
     differing = [name for name, value in config.peft.items() if recorded.get(name) != value]
     if differing:
         name = differing[0]
         raise UserError(
-            f"peft.{name} is {config.peft[name]!r}, but the adapter {config.model.path} has {recorded.get(name)!r}",
+            f"peft.{name} is {config.peft[name]!r}, but the adapter {adapter} has {recorded.get(name)!r}",
             "the adapter's value, because training continues on that adapter",
             "change it, or remove [peft] to merge the adapter and train all weights",
         )

@@ -85,10 +85,11 @@ def resolve_run(
     return with_model_dir(requested)
 
 
-# `model.path` may be a run folder; its trained model is then the one to load.
+# `model.path` and `model.adapter` may be run folders; their trained models are then the ones to load.
 def with_model_dir(config: RunConfig) -> RunConfig:
     path = resolve_origin(config.model.path, "model.path").path
-    return replace(config, model=replace(config.model, path=path))
+    adapter = config.model.adapter and resolve_origin(config.model.adapter, "model.adapter").path
+    return replace(config, model=replace(config.model, path=path, adapter=adapter))
 
 
 def check_names(config: RunConfig, formats: Sequence[str] = ()) -> None:
