@@ -27,7 +27,8 @@ from torch import Tensor
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS
 from rest_rl.response import ToolCall
-from rest_rl.train.policy import embedded_model_dir, load_tokenizer
+from rest_rl.train.named_models import embedded_model_dir
+from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.verl.responses import PER_TOKEN, Responses, compute_group_advantages, weight_batch
 from rest_rl.train.weighing import EntropyTracker, TokenWeighter
 

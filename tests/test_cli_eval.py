@@ -209,7 +209,7 @@ def test_user_errors_take_one_line(
 
 def test_a_run_folder_provides_model_and_format(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rest_rl.config import RunConfig
-    from rest_rl.train.policy import embedded_model_dir
+    from rest_rl.train.named_models import embedded_model_dir
 
     run_folder = here / "mine"
     run_folder.mkdir()

@@ -19,7 +19,8 @@ from rest_rl.config import ModelTable
 from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
 from rest_rl.formats import get_format
-from rest_rl.train.policy import embedded_model_dir, load_policy_tokenizer
+from rest_rl.train.named_models import embedded_model_dir
+from rest_rl.train.policy import load_policy_tokenizer
 from tests.model_server import Handler, Server, hang, reply_with, respond_with, serve_models
 
 PROMPTS = 10

@@ -15,7 +15,8 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.origin import STRIDE_BYTES, compute_digest, model_label, resolve_origin, weights_digest
 from rest_rl.evaluate.plan import make_plan
 from rest_rl.evaluate.request import BATCH_SIZE, BFCL_BATCH_SIZE, VLLM_BATCH_SIZE, EvalRequest, option_name
-from rest_rl.train.policy import embedded_model_dir, find_hub_commit
+from rest_rl.train.named_models import embedded_model_dir
+from rest_rl.train.policy import find_hub_commit
 from rest_rl.train.run import resolve_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

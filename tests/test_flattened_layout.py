@@ -24,7 +24,7 @@ from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
 from rest_rl.evaluate.conversation import Reply
 from rest_rl.formats import get_format
 from rest_rl.response import Gold
-from rest_rl.train.policy import embedded_model_dir
+from rest_rl.train.named_models import embedded_model_dir
 from tests.made_up_rows import HISTORY, QUESTION, RAW, ROWS, SYSTEM, WRAPPED
 from tests.model_families import FAMILIES, family_tokenizer
 from tests.model_server import Server, reply_with

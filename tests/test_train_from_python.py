@@ -18,7 +18,7 @@ import rest_rl
 from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
 from rest_rl.runlog import Observer, read_run
-from rest_rl.train.policy import embedded_model_dir
+from rest_rl.train.named_models import embedded_model_dir
 from rest_rl.train.request import resolve_run
 from rest_rl.train.run import RunResult, estimate_run, make_plan, warn_about_memory
 from tests.tiny_policy import tiny_run

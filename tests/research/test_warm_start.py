@@ -23,7 +23,7 @@ from rest_rl.evaluate.generate import generate
 from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Region
-from rest_rl.train.policy import embedded_model_dir
+from rest_rl.train.named_models import embedded_model_dir
 from rest_rl.train.prompts import IGNORED_LABEL
 from tests.scores import exact_match
 

@@ -10,7 +10,8 @@ import torch
 from torch import distributed, multiprocessing
 from transformers import AutoModelForCausalLM
 
-from rest_rl.train.policy import embedded_model_dir, load_tokenizer
+from rest_rl.train.named_models import embedded_model_dir
+from rest_rl.train.policy import load_tokenizer
 
 CONTENTS = {"save_contents": ["model"], "load_contents": ["model"], "async_save": False}
 STEP = Path("checkpoints", "global_step_1")

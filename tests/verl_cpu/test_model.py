@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from rest_rl.config import ModelTable
 from rest_rl.runlog import read_run
-from rest_rl.train.policy import embedded_model_dir, load_policy, load_tokenizer
+from rest_rl.train.named_models import embedded_model_dir
+from rest_rl.train.policy import load_policy, load_tokenizer
 from rest_rl.train.verl.model import find_target_modules, join_shards, merge_model
 from tests.verl_cpu.shards import drawn_model, save_checkpoint
 from tests.verl_cpu.test_rest import run_file, train

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rest_rl.train.policy import embedded_model_dir
+from rest_rl.train.named_models import embedded_model_dir
 from tests.verl_cpu.tiny import CPU_SETTINGS, hydra_overrides, logged_metrics, run_cpu, started
 
 pytestmark = [

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rest_rl.cli import compare, data, inspect, probe, report, score, train
+from rest_rl.cli import compare, data, inspect, model, probe, report, score, train
 from rest_rl.cli.evaluate import eval_app
 from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, verb_group, with_new_names
 from rest_rl.errors import RenamedWarning, UserError
@@ -73,6 +73,7 @@ app.add_typer(data.group, name="data", short_help="check, convert, show, split, 
 app.add_typer(eval_app, name="eval", short_help="evaluate on a benchmark; compare and tabulate evaluations")
 add(inspect.inspect, "show the region and weight of each token of a response")
 add(score.score, "score responses against gold calls, with explanations")
+add(model.model, "download and verify a named model such as smollm2")
 add(inspect.presets, "list the presets, or print one as TOML")
 
 

@@ -103,10 +103,13 @@ class Reading:
         from rest_rl.evaluate.origin import resolve_origin
 
         path = resolve_origin(self.model).path  # before the slow imports below, so that a wrong --model fails at once
+        from rich.console import Console
+
+        from rest_rl.cli.terminal import Screen
         from rest_rl.config import ModelTable
         from rest_rl.train.policy import load_policy_tokenizer, policy_context_length
 
-        tokenizer = load_policy_tokenizer(ModelTable(path=path))
+        tokenizer = load_policy_tokenizer(ModelTable(path=path), Screen(Console(stderr=True)))
         name, why = resolve_format(self.format, tokenizer, keeps_prompts=self.keep_prompts)
         print(f"format {name}: {why}", file=sys.stderr)
         return PromptLayout(tokenizer, name, context=policy_context_length(ModelTable(path=path), tokenizer))

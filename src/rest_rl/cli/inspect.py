@@ -69,24 +69,24 @@ def inspect(
 
     A row is {"response": text} or {"ids": [...]}. Regions and weights are those that training would use.
     """
-    from rest_rl.config import EMBEDDED
     from rest_rl.evaluate.origin import resolve_origin
 
     tokenizer = resolve_origin(tokenizer, "--tokenizer").path  # before torch is loaded
     from rich.console import Console
 
     from rest_rl.cli.score import format_of_rows
-    from rest_rl.cli.terminal import show_tokens
+    from rest_rl.cli.terminal import Screen, show_tokens
     from rest_rl.data.layout import resolve_format
     from rest_rl.evaluate.generate import has_ended
     from rest_rl.formats import get_format
     from rest_rl.jsonl import as_json, parse_row, read_lines
     from rest_rl.presets import get_preset
-    from rest_rl.train.policy import embedded_model_dir, load_tokenizer
+    from rest_rl.train.named_models import locate_model
+    from rest_rl.train.policy import load_tokenizer
     from rest_rl.train.reward import get_stop_ids
 
     settings = {"preset": get_preset(preset), "progress": progress, "entropies": read_entropies(entropies)}
-    loaded, console = load_tokenizer(embedded_model_dir() if tokenizer == EMBEDDED else tokenizer), Console()
+    loaded, console = load_tokenizer(locate_model(tokenizer, Screen(Console(stderr=True)))), Console()
     # The chat template determines the format, as in training; without a template, the responses determine it.
     if tool_format == AUTO and getattr(loaded, "chat_template", None):
         tool_format, why = resolve_format(AUTO, loaded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import get_session
 
 
@@ -19,3 +19,8 @@ def has_hub() -> bool:
     except Exception:  # the HTTP backends raise unrelated exception types
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
+
+
+def has_model(name: str) -> bool:
+    """Return whether a model can be loaded from the hub or is in the local cache of its client."""
+    return isinstance(try_to_load_from_cache(name, "model.safetensors"), str) or has_hub()

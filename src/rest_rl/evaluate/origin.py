@@ -15,11 +15,12 @@ from huggingface_hub import repo_exists, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from rest_rl.config import EMBEDDED, ModelTable, RunConfig, read_run_file
+from rest_rl.config import ModelTable, RunConfig, read_run_file
 from rest_rl.data.hub import has_hub
 from rest_rl.errors import UserError
 from rest_rl.jsonl import describe_os_error
 from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
+from rest_rl.train.named_models import NAMED_MODELS
 
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 """A folder with one of these files is a model, an adapter or a tokenizer."""
@@ -42,6 +43,8 @@ def resolve_origin(path: str, option: str = "--model") -> Origin:
     A name is looked up on the Hub only if its first part is also a local folder. Raises UserError, which mentions
     `option`, if there is no model at `path`.
     """
+    if path in NAMED_MODELS:
+        return Origin(path)
     path = os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
     folder = Path(path)
     try:
@@ -62,8 +65,7 @@ def resolve_origin(path: str, option: str = "--model") -> Origin:
     for home, _ in find_enclosing_runs(path):
         with suppress(UserError):  # a config.toml of another program
             return Origin(path, read_run_file(home / CONFIG), display_path(home))
-    if path != EMBEDDED:
-        check_model_path(path, option)
+    check_model_path(path, option)
     return Origin(path)
 
 
@@ -87,7 +89,8 @@ def check_model_path(path: str, option: str) -> None:
             return
     here = folder.parent if folder.parent.is_dir() else Path()
     folders = sorted(each.name for each in here.iterdir() if each.is_dir() and not each.name.startswith("."))
-    near = difflib.get_close_matches(folder.name if here == folder.parent else first, folders, n=1)
+    names = [*folders, *(NAMED_MODELS if here == Path() else ())]
+    near = difflib.get_close_matches(folder.name if here == folder.parent else first, names, n=1)
     contents = f"folders in {here.absolute()}: {', '.join(folders[:5]) or 'none'}"
     remedy = f"did you mean {here / near[0]}?" if near else f"{advice} ({contents})"
     raise UserError(problem, "a folder or a Hub model name", remedy)

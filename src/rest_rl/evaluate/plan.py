@@ -19,7 +19,7 @@ from rest_rl.formats import ToolFormat, get_format
 from rest_rl.formats.detect import choose_format
 from rest_rl.formats.opened_think import THINK_SUFFIX
 from rest_rl.jsonl import read_lines, response_texts
-from rest_rl.runlog import read_json_object
+from rest_rl.runlog import SILENT, Observer, read_json_object
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Plan:
         return self.layout.format if self.layout else get_format(self.format)
 
 
-def make_plan(request: EvalRequest) -> Plan:
+def make_plan(request: EvalRequest, observer: Observer = SILENT) -> Plan:
     """Choose prompt and format. Raises UserError if options contradict each other or do not determine the format."""
     if request.source == "endpoint":
-        return _server_plan(request)
+        return _server_plan(request, observer)
     if request.source == "checkpoint":
-        return _checkpoint_plan(request)
+        return _checkpoint_plan(request, observer)
     placeholder = {"oracle": "not asked", "responses": "as recorded", "object": "training"}[request.source]
     name, reason = _format_without_tokenizer(request)
     get_format(name)
@@ -66,7 +66,7 @@ def _format_without_tokenizer(request: EvalRequest) -> tuple[str, str]:
     return FORMAT, "default without a model"
 
 
-def _checkpoint_plan(request: EvalRequest) -> Plan:
+def _checkpoint_plan(request: EvalRequest, observer: Observer) -> Plan:
     # a checkpoint of a run keeps the format and the chat-template variables that it was trained with
     from rest_rl.train.policy import load_policy_tokenizer
 
@@ -76,7 +76,7 @@ def _checkpoint_plan(request: EvalRequest) -> Plan:
     if others := sorted(set(tables) - {"model"}):
         raise UserError(f"--set changes {', '.join(others)}", "only keys of [model]", "remove it, or write model.KEY")
     table = from_mapping(ModelTable, tables["model"], "model")
-    tokenizer = load_policy_tokenizer(table)
+    tokenizer = load_policy_tokenizer(table, observer)
     is_training = request.prompt_mode == "training"
     keeps = request.prompt == "published" or bool(is_training and run and run.data.keep_prompts)
     asked = request.format or (run.rest.format if run and is_training else None)
@@ -89,13 +89,13 @@ def _checkpoint_plan(request: EvalRequest) -> Plan:
     return Plan(request.prompt_mode, name, reason, keeps and request.benchmark == "api-bank", table, layout, frame)
 
 
-def _server_plan(request: EvalRequest) -> Plan:
+def _server_plan(request: EvalRequest, observer: Observer) -> Plan:
     # Without a tokenizer nothing reveals the model's format: the user names it or leaves calls to the server.
     from rest_rl.train.policy import load_policy_tokenizer
 
     tokenizer, variables = None, extra_request_fields(request).get("chat_template_kwargs")
     if request.tokenizer:
-        tokenizer = load_policy_tokenizer(ModelTable(path=request.tokenizer))
+        tokenizer = load_policy_tokenizer(ModelTable(path=request.tokenizer), observer)
         default = FORMAT if request.prompt == "published" else AUTO
         name, reason = resolve_format(request.format or default, tokenizer, variables)
     elif request.format or request.prompt == "native":

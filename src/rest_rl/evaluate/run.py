@@ -24,6 +24,7 @@ from rest_rl.evaluate.tables import write_tables
 from rest_rl.jsonl import as_json
 from rest_rl.objects import check_signature, load_object
 from rest_rl.runlog import SILENT, Observer
+from rest_rl.train.named_models import locate_model
 
 MAX_VLLM_CONTEXT = 65_536
 """The largest context length, in tokens, that vLLM reserves memory for; BFCL's longest prompts need about half."""
@@ -149,7 +150,7 @@ def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
 
 @contextmanager
 def _open_evaluation(request: EvalRequest, observer: Observer) -> Iterator[tuple[Plan, Benchmark, list[str]]]:
-    plan = make_plan(request)
+    plan = make_plan(request, observer)
     is_ours = isinstance(request.benchmark, str)
     benchmark = open_benchmark(request, plan)
     with closing(benchmark) if is_ours else nullcontext():
@@ -314,7 +315,8 @@ def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]
 
         model_context = context_length(load_policy_config(table), layout.tokenizer) or MAX_VLLM_CONTEXT
         context = min(model_context, MAX_VLLM_CONTEXT) if context is None else context
-        return VllmModel(table.path, layout, **sizes, context=context), [f"vLLM, context length {context} tokens"]
+        path = str(locate_model(table.path))
+        return VllmModel(path, layout, **sizes, context=context), [f"vLLM, context length {context} tokens"]
     device = torch.accelerator.current_accelerator()
     # on an accelerator, evaluation needs no more than 16 bits; `load_policy` would choose float32, as in training
     dtype = "bfloat16" if device and table.dtype == AUTO else table.dtype

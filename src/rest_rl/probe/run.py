@@ -83,7 +83,7 @@ def probe(
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"the norm cap is {norm_cap}", "0 (no cap) or a positive multiple of the median norm")
     config = resolve_run(model, data, overrides)  # fails on mistakes before minutes of loading and sampling
-    layouts = build_layouts(config, formats)
+    layouts = build_layouts(config, formats, observer)
     limited = config.with_response_limit(layouts[0].context)
     sampling = build_sampling(limited, group, seed, progress, max_new_tokens, batch_size)
     drawn_prompts = [draw_prompts(config, own, prompts, seed, observer, sampling.max_new_tokens) for own in layouts]
@@ -175,9 +175,9 @@ def build_sampling(
     )
 
 
-def build_layouts(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
+def build_layouts(config: RunConfig, formats: Sequence[str], observer: Observer) -> list[PromptLayout]:
     """Return a prompt layout for each distinct format, or only for the run's format if `formats` is empty."""
-    tokenizer, variables = load_policy_tokenizer(config.model), config.model.chat_template_kwargs
+    tokenizer, variables = load_policy_tokenizer(config.model, observer), config.model.chat_template_kwargs
     names = [
         resolve_format(name, tokenizer, variables, keeps_prompts=config.data.keep_prompts)[0]
         for name in formats or [config.rest.format]

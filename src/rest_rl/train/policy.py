@@ -9,7 +9,6 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,21 +24,15 @@ from transformers import (
 )
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file, logging
 
-from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key_error
+from rest_rl.config import AUTO, ModelTable, RunConfig, unknown_key_error
 from rest_rl.data.hub import has_hub
 from rest_rl.errors import RenamedWarning, UserError
+from rest_rl.runlog import SILENT, Observer
+from rest_rl.train.named_models import find_moved_base, locate_model
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Types of rotary embeddings whose `factor` extends the configured number of positions.
 SCALED_ROPE_TYPES = ("yarn", "linear", "dynamic")
-
-
-def embedded_model_dir() -> Path:
-    """Return the folder of the small warm-started model that this package contains."""
-    folder = Path(str(resources.files("rest_rl").joinpath("assets/tool_world")))
-    if not (folder / "model.safetensors").is_file():
-        raise UserError(f"the embedded model is missing from {folder}", remedy="reinstall the package")
-    return folder
 
 
 def silence_transformers() -> None:
@@ -90,14 +83,17 @@ def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tu
     return model, tokenizer
 
 
-def load_policy_tokenizer(config: ModelTable) -> Any:
+def load_policy_tokenizer(config: ModelTable, observer: Observer = SILENT) -> Any:
     """Return the fast tokenizer of a model, set to pad on the left; an adapter without one uses its base model's.
+
+    Workflows load the tokenizer first, so the observer learns here that a named model is downloaded.
 
     UserError if it cannot be read, or has no chat template or end-of-sequence token.
     """
-    path = embedded_model_dir() if config.path == EMBEDDED else config.path
+    base, adapter = resolve_adapter(config, observer)
+    path = adapter or base
     if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
-        path, _ = resolve_adapter(config)
+        path = base
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(
@@ -154,21 +150,18 @@ def load_generation_config(model: str | Path) -> Any:
         return None
 
 
-def resolve_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
+def resolve_adapter(config: ModelTable, observer: Observer = SILENT) -> tuple[str | Path, str | None]:
     """Return the locations of the base model and of the adapter; the second is None if the path is a whole model."""
-    if config.path == EMBEDDED:
-        return embedded_model_dir(), None
-    recorded = read_adapter_config(config.path)
+    path = str(locate_model(config.path, observer))
+    recorded = read_adapter_config(path)
     if recorded is None:
-        return config.path, None
+        return path, None
     require_peft(f"the adapter {config.path}")
     base = recorded.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         expected = "the folder or hub name of its base model"
         raise UserError(f"{ADAPTER_CONFIG} of {config.path} has no base_model_name_or_path", expected, "add it")
-    # The embedded model is part of the package, which may have moved since the adapter was trained.
-    moved = Path(base).name == embedded_model_dir().name and not Path(base).exists()
-    return (embedded_model_dir() if moved else base), config.path
+    return locate_model(find_moved_base(base), observer), path
 
 
 # The adapter_config.json of a folder or hub name; None for a whole model.
@@ -217,7 +210,7 @@ def four_bit_config() -> BitsAndBytesConfig:
 def new_adapter_config(config: RunConfig) -> Any | None:
     """Return the LoraConfig of the adapter that a run adds; None without `[peft]` or if the model is an adapter."""
     requested = lora_config(config.peft)
-    recorded = None if config.model.path == EMBEDDED or requested is None else read_adapter_config(config.model.path)
+    recorded = None if requested is None else read_adapter_config(str(locate_model(config.model.path)))
     if recorded is None:
         return requested
     # Training continues on the recorded adapter: another [peft] would silently have no effect.

@@ -273,7 +273,7 @@ def warn_about_memory(plan: RunPlan, observer: Observer) -> None:
 
 def resolve_layout(config: RunConfig, observer: Observer) -> tuple[RunConfig, PromptLayout]:
     """Return the run with its automatic settings (format, response limit) resolved, and its prompt layout."""
-    tokenizer, variables = load_policy_tokenizer(config.model), config.model.chat_template_kwargs
+    tokenizer, variables = load_policy_tokenizer(config.model, observer), config.model.chat_template_kwargs
     name, why = resolve_format(config.rest.format, tokenizer, variables, keeps_prompts=config.data.keep_prompts)
     observer.say(f"format {name}: {why}")
     layout = PromptLayout(tokenizer, name, variables, policy_context_length(config.model, tokenizer))

