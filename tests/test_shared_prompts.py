@@ -442,6 +442,14 @@ def test_without_sharing_only_the_responses_reach_the_head(tokenizer, tmp_path):
     assert output.logits.shape[1] == 11
 
 
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_does_not_prevent_sharing(tokenizer, tmp_path, dtype, settings):
+    trainer = make_trainer(random_llama(tokenizer).to(dtype), tokenizer, tmp_path, **settings)
+    assert trainer.not_shared is None
+    assert trainer.accelerator.autocast_handler is None
+
+
 def test_off_means_off(tokenizer, tmp_path):
     model = random_llama(tokenizer)
     trainer = make_trainer(model, tokenizer, tmp_path, share_prompts=False)
