@@ -31,7 +31,7 @@ IMPORTED_IN = {
     "peft": ["train/*.py", "train/verl/model.py"],
     "accelerate": ["train/*.py", "train/trl/*.py"],
     "safetensors": ["train/checkpoints.py", "train/trl/*.py", "train/verl/*.py"],
-    "tokenizers": ["regions.py"],
+    "tokenizers": ["regions.py", "train/named_models.py"],
     "psutil": ["train/estimate.py", "compare/launch.py"],
     "scipy": ["rewards.py", "statistics.py", "compare/statistics.py", "probe/*.py"],
     "jinja2": ["data/layout.py"],

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from rest_rl.config import WORLDS
 from rest_rl.data.gold import check_against_tools
 from rest_rl.data.office import SPLITS, Split, dialogues
 from rest_rl.data.office.catalog import CHAINS, CHAT, PLACEHOLDER, TOOLS, VALUES, choose_options
@@ -22,6 +23,7 @@ from rest_rl.data.office.state import Office, execute
 from rest_rl.data.office.values import is_held_out_value, write_date, write_time
 from rest_rl.data.samples import Dialogue, ToolSample, decompose, get_calls
 from rest_rl.data.tool_world import KINDS
+from rest_rl.evaluate.request import WORLD_BENCHMARKS
 from rest_rl.formats import FORMATS, get_format
 from rest_rl.response import ToolCall
 from rest_rl.rewards import judge
@@ -73,6 +75,10 @@ def written(call: ToolCall, argument: str, value: Any) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
+def test_the_benchmarks_are_those_of_the_worlds() -> None:
+    assert tuple(WORLDS.values()) == WORLD_BENCHMARKS
+
+
 def test_a_seed_gives_the_same_dialogues_and_another_seed_others(split: Split) -> None:
     again, other = (list(islice(dialogues(seed, split), 30)) for seed in (0, 1))
     assert again == DIALOGUES[split][:30]

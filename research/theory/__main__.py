@@ -49,7 +49,7 @@ from rest_rl.probe.run import (
 )
 from rest_rl.probe.sample import SampledGroup, Sampling, sample_groups
 from rest_rl.probe.variance import choose_num_blocks
-from rest_rl.runlog import Observer, replace_file
+from rest_rl.runlog import SILENT, Observer, replace_file
 from rest_rl.train.policy import silence_transformers
 
 JSON_FILE, PAGE_FILE = "theory.json", "theory.md"
@@ -124,7 +124,7 @@ def run_theory(arguments: argparse.Namespace) -> None:
         build_sampling(config, group, seed, arguments.progress, arguments.max_new_tokens, arguments.batch_size)
         for seed, group in enumerate((arguments.pilot_group, arguments.group), start=2 * arguments.seed)
     ]
-    (layout,) = build_layouts(config, arguments.format)
+    (layout,) = build_layouts(config, arguments.format, SILENT)
     remedy = "add data" + (f", or lower --pilot (at least {MIN_PILOT})" * (arguments.pilot > MIN_PILOT))
     number, least = arguments.prompts + arguments.pilot, MIN_PROMPTS + arguments.pilot
     prompts = draw_prompts(config, layout, number, arguments.seed, screen, samplings[0].max_new_tokens, least, remedy)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from rest_rl.config import WORLDS
 from rest_rl.errors import UserError
 from rest_rl.formats import get_format
 
@@ -14,6 +13,8 @@ if TYPE_CHECKING:
     from rest_rl.evaluate.conversation import Benchmark, Model
 
 Source = Literal["oracle", "responses", "endpoint", "object", "checkpoint"]
+WORLD_BENCHMARKS = ("tool-world", "office")
+"""The values of `config.WORLDS`; importing that module here would slow down `--help`."""
 DEFAULT_MAX_NEW_TOKENS, WORLD_MAX_NEW_TOKENS = 4096, 160
 """Default response limits in tokens: API-Bank's published setting, and the generators' short tasks."""
 BATCH_SIZE, VLLM_BATCH_SIZE, BFCL_BATCH_SIZE = 16, 256, 64
@@ -84,8 +85,8 @@ class EvalRequest:
         only_for=("bfcl",),
         choices=("v3", "v4"),
     )
-    prompts: int = _option(256, BENCHMARK_PANEL, "prompts per split", "N", only_for=tuple(WORLDS.values()))
-    seed: int = _option(20_000, BENCHMARK_PANEL, "seed of the prompts", "N", only_for=tuple(WORLDS.values()))
+    prompts: int = _option(256, BENCHMARK_PANEL, "prompts per split", "N", only_for=WORLD_BENCHMARKS)
+    seed: int = _option(20_000, BENCHMARK_PANEL, "seed of the prompts", "N", only_for=WORLD_BENCHMARKS)
     decision: Literal["reasoning", "call"] = _option(
         "reasoning",
         BENCHMARK_PANEL,
@@ -138,7 +139,7 @@ class EvalRequest:
     @property
     def response_limit(self) -> int:
         """The maximum number of tokens per response."""
-        default = WORLD_MAX_NEW_TOKENS if self.benchmark in WORLDS.values() else DEFAULT_MAX_NEW_TOKENS
+        default = WORLD_MAX_NEW_TOKENS if self.benchmark in WORLD_BENCHMARKS else DEFAULT_MAX_NEW_TOKENS
         return default if self.max_new_tokens is None else self.max_new_tokens
 
     @property
