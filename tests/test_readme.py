@@ -1,4 +1,4 @@
-"""The Python example of README.md runs, and the command lines of README.md and docs/ are accepted."""
+"""The Python example of README.md runs, and the command lines of README.md, docs/ and examples/ are accepted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def command_lines() -> list[str]:
     """Return the lines of code blocks that call rest-rl, without comments and continuations."""
-    pages = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
+    paths = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+    pages = [README, *(path.read_text(encoding="utf-8") for path in paths)]
     whole = [page.replace("\\\n", " ") for page in pages]  # join continued lines
     found = [line for page in whole for line in re.findall(r"^ {4}(rest-rl .*)$", page, re.MULTILINE)]
     return sorted({re.split(r"\s#\s", line)[0].strip() for line in found})

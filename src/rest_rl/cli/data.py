@@ -429,6 +429,7 @@ def show_report(report: DataReport, per_reason: int) -> None:
     known = [reason for reason in REASONS if reason in report.reasons]
     columns = ("reason", "what happened", "rows", "first rows", "meaning")
     table = Table(*columns, box=None, header_style="bold", padding=(0, 1, 0, 0))
+    table.columns[0].no_wrap = True  # a cut reason could not be passed to --allow
     for reason in known:
         happened = ", ".join(sorted(report.outcomes[reason]))
         first = ", ".join(map(str, report.first_rows[reason]))

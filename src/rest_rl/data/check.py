@@ -192,8 +192,8 @@ def warn_about_answers(turns: Mapping[Turn, int]) -> str | None:
         return None
     return (
         f"{turns['answers'] / sum(turns.values()):.0%} of the samples are answer turns, for which any complete text "
-        'without a tool call gets the full reward; set data.turns = "calls" to train only on calls, or set '
-        "rest.reward.answer to a function that scores answers (docs/training.md)"
+        'without a tool call gets the full reward; set data.turns = "calls" (--set data.turns=calls) to train only on '
+        "calls, or set rest.reward.answer to a function that scores answers (docs/training.md)"
     )
 
 

@@ -225,7 +225,7 @@ def _read_jsonl(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
                 size += len(line)
             yield RowError("row_too_long", f"the row has {size / 2**20:.1f} MiB", head)
         elif line.strip():
-            yield _decode_row(line)
+            yield _decode_row(line.rstrip())
 
 
 def _decode_row(text: bytes | str) -> Mapping[str, Any] | RowError:
@@ -248,7 +248,8 @@ def _decode_row(text: bytes | str) -> Mapping[str, Any] | RowError:
     except TooDeepError as error:
         return RowError("too_deep", f"the JSON is {error}", shown)
     except ValueError as error:
-        where = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+        is_syntax = isinstance(error, json.JSONDecodeError)
+        where = f"{error.msg.removesuffix(' at')} at character {error.pos}" if is_syntax else error
         return RowError("not_json", f"the text is not JSON ({where})", shown)
     if not isinstance(row, Mapping):
         return RowError("not_an_object", f"the row is of type {type(row).__name__}, expected an object", shown)
