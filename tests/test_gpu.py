@@ -104,7 +104,7 @@ def test_the_tiny_form_measures_every_variant(tmp_path, capsys):
     assert all(row["note"] is None and row["gradient"] < 1e-5 for row in rows)
     assert len({row["gradient"] for row in rows}) == 3  # stock's own, and one of each shared variant
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(table) == 1 + 8
+    assert len(table) == 1 + 8 + 2  # the last two are the summary
 
 
 def test_without_time_rows_are_skipped_and_say_so(tmp_path):
