@@ -74,11 +74,11 @@ def written(call: ToolCall, argument: str, value: Any) -> tuple[str, ...]:
     return (enum[value],) if isinstance(enum, dict) else (str(value),)
 
 
-@pytest.mark.parametrize("split", SPLITS)
 def test_the_benchmarks_are_those_of_the_worlds() -> None:
     assert tuple(WORLDS.values()) == WORLD_BENCHMARKS
 
 
+@pytest.mark.parametrize("split", SPLITS)
 def test_a_seed_gives_the_same_dialogues_and_another_seed_others(split: Split) -> None:
     again, other = (list(islice(dialogues(seed, split), 30)) for seed in (0, 1))
     assert again == DIALOGUES[split][:30]
