@@ -95,7 +95,7 @@ class ModelTable(Table):
     path: str = EMBEDDED
     """A folder or hub name. An adapter is merged into its base model."""
     adapter: str = ""
-    """An adapter for the model of `path` to start from: a folder, a hub name, or `smollm2-office` of this package."""
+    """An adapter for the model of `path` to start from: a folder or a hub name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; `auto` is float32 for full fine-tuning and bfloat16 with `[peft]`."""
     load_in_4bit: bool = False
@@ -342,7 +342,7 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
     """Read a run file.
 
     Without a path, reads a run file of this package: one for your own model if the overrides set a model
-    path, a data path or a supervised preset, the one for SmolLM2 in the office, otherwise the one for the tool world.
+    path, a data path or a supervised preset, otherwise the one for the tool world.
     """
     if path is None:
         overrides = list(overrides)
@@ -351,9 +351,6 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
         is_own = any("path" in requested.get(table, {}) for table in ("model", "data"))
         is_supervised = requested.get("rest", {}).get("preset") in SUPERVISED
         name = "own_model_sft.toml" if is_supervised else "own_model.toml" if is_own else "tool_world.toml"
-        paths = [requested.get(table, {}).get("path") for table in ("model", "data")]
-        if paths in (["smollm2", "office"], [None, "office"]) and not is_supervised:
-            name = "office.toml"
         return RunConfig.from_toml(read_asset(name), overrides, origin="the embedded run")
     text, folder = read_toml_text(Path(path)), Path(path).parent
     add_search_folder(folder)  # a user's rule or reward may be defined next to the run file
