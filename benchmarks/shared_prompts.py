@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,7 +90,9 @@ def make_trainer(kind: str, options: argparse.Namespace, prompt_tokens: int) -> 
 def peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # The resident peak of this process. `ru_maxrss` would include that of the parent before the fork.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def measure_memory(kind: str, options: argparse.Namespace, prompt_tokens: int, queue: Any) -> None:
@@ -102,6 +104,13 @@ def measure_memory(kind: str, options: argparse.Namespace, prompt_tokens: int, q
 
 
 def measure(options: argparse.Namespace, prompt_tokens: int) -> None:
+    peaks, context = {}, multiprocessing.get_context("spawn")
+    for kind in KINDS if options.memory else ():
+        queue = context.Queue()
+        child = context.Process(target=measure_memory, args=(kind, options, prompt_tokens, queue))
+        child.start()
+        peaks[kind] = queue.get()
+        child.join()
     trainers = {kind: make_trainer(kind, options, prompt_tokens) for kind in KINDS}
     assert trainers["shared"][0].not_shared is None
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -111,14 +120,6 @@ def measure(options: argparse.Namespace, prompt_tokens: int) -> None:
             torch.manual_seed(pair)
             trainer.train()
             seconds[kind].append(clock.seconds)
-    del trainers, trainer
-    peaks, context = {}, multiprocessing.get_context("spawn")
-    for kind in KINDS if options.memory else ():
-        queue = context.Queue()
-        child = context.Process(target=measure_memory, args=(kind, options, prompt_tokens, queue))
-        child.start()
-        peaks[kind] = queue.get()
-        child.join()
     ratios = [a / b for a, b in zip(seconds["TRL"], seconds["shared"], strict=True)]
     spread = f"{min(ratios):.2f}-{max(ratios):.2f}" if len(ratios) > 1 else "one pair"
     figures = [f"{statistics.median(seconds[kind]):.1f}" for kind in KINDS]

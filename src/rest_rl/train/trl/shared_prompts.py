@@ -221,7 +221,7 @@ def generate_shared(
         use_cache=True,
         logits_to_keep=1,
     )
-    cache.layers = [_ResponseLayer(layer) for layer in cast(list[DynamicLayer], cache.layers)]
+    cache.layers = cast(Any, [_ResponseLayer(layer) for layer in cast(list[DynamicLayer], cache.layers)])
     return usual(past_key_values=cache)
 
 
@@ -464,7 +464,8 @@ def find_difference(trainer: SharedPromptTrainer) -> str | None:
     registry, absolute positions, keys that change after the cache.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    accelerator, was_training, tolerance = trainer.accelerator, model.training, 0.1
+    accelerator: Any = trainer.accelerator
+    was_training, tolerance = model.training, 0.1
     handler = accelerator.autocast_handler
     if model.dtype == torch.float32:
         accelerator.autocast_handler, tolerance = AutocastKwargs(enabled=False), 1e-3
