@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rest_rl.config import RunConfig
+from rest_rl.config import EMBEDDED, RunConfig
 from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.held_out import derive_response_limit
 from rest_rl.runlog import Observer
@@ -33,8 +33,8 @@ class Heard(Observer):
         self.said.append(text)
 
 
-def run(**trl: Any) -> RunConfig:
-    return RunConfig.from_tables({"trl": trl})
+def run(model: str = "a-model", **trl: Any) -> RunConfig:
+    return RunConfig.from_tables({"model": {"path": model}, "trl": trl})
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
@@ -49,6 +49,8 @@ def test_bfloat16_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -
         assert with_machine_defaults(run(bf16=not is_fast), heard).trl["bf16"] != is_fast
         assert len(heard.said) == 1
         assert with_machine_defaults(run(fp16=True)).trl["bf16"] is False
+        assert with_machine_defaults(run(EMBEDDED), heard).trl["bf16"] is False
+        assert len(heard.said) == 1
 
 
 @pytest.mark.parametrize(

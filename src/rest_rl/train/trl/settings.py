@@ -14,7 +14,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig, SFTConfig
 
-from rest_rl.config import RunConfig, unknown_key_error, validate_value
+from rest_rl.config import EMBEDDED, RunConfig, unknown_key_error, validate_value
 from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS, SILENT, Observer
 from rest_rl.train.policy import new_adapter_config
@@ -40,8 +40,9 @@ def with_machine_defaults(config: RunConfig, observer: Observer = SILENT) -> Run
     """Return the run with `trl.use_cpu` and `trl.bf16` set, if they are not, on a machine without an accelerator."""
     if torch.accelerator.is_available():
         return config
-    is_fast = has_fast_bfloat16() and not config.trl.get("fp16")
-    if "bf16" not in config.trl:
+    is_embedded = config.model.path == EMBEDDED  # too small to gain from bfloat16
+    is_fast = has_fast_bfloat16() and not config.trl.get("fp16") and not is_embedded
+    if "bf16" not in config.trl and not is_embedded:
         why = "multiplies bfloat16 fast" if is_fast else "has no fast bfloat16 arithmetic"
         observer.say(f"no GPU: training on the CPU, trl.bf16 = {str(is_fast).lower()}, because it {why}")
     return dataclasses.replace(config, trl={"use_cpu": True, "bf16": is_fast, **config.trl})
