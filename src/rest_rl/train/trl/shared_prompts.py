@@ -467,7 +467,7 @@ def find_difference(trainer: SharedPromptTrainer) -> str | None:
     accelerator: Any = trainer.accelerator
     was_training, tolerance = model.training, 0.1
     handler = accelerator.autocast_handler
-    if model.dtype == torch.float32:
+    if {parameter.dtype for parameter in model.parameters()} == {torch.float32}:  # neither 16 nor 4 bits
         accelerator.autocast_handler, tolerance = AutocastKwargs(enabled=False), 1e-3
     model.eval()
     try:
