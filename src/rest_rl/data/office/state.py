@@ -1,4 +1,4 @@
-"""An office in memory that executes calls: it remembers what it is told, and draws what it does not know from its seed.
+"""An office in memory that executes calls: it keeps what they change, and draws what it does not know from its seed.
 
 Equal calls to equal offices have equal results in every process. A drawn value is held out if and only if the first
 value that it is drawn for is.

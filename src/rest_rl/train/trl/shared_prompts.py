@@ -240,10 +240,11 @@ class SharedPromptTrainer(GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._shares, self._has_gradient_B = False, cast("Tensor | None", None)
-        on_cpu = self.accelerator.device.type == "cpu"  # on GPUs, TRL restricts the head itself
-        self._restricts_head = on_cpu and bool(getattr(self.args, "share_prompts", False)) and _is_known_trl()
-        if not getattr(self.args, "share_prompts", False):
+        self._restricts_head = False
+        if not cast(Any, self.args).share_prompts:
             return
+        # On GPUs, TRL restricts the head itself.
+        self._restricts_head = self.accelerator.device.type == "cpu" and _is_known_trl()
         self.not_shared = find_obstacle(self) or self._start_sharing()
         if self.not_shared:
             warnings.warn(f"prompts are not shared within groups: {self.not_shared}", stacklevel=3)
@@ -459,9 +460,9 @@ def find_difference(trainer: SharedPromptTrainer) -> str | None:
     """Return how shared computation fails or differs for the trainer's model, on two made-up groups; None if equal.
 
     Differences count relative to the standard deviation of the values: 0.1% for weights in float32, which are tried
-    without autocast, and 10% for weights of fewer bits, where rounding alone gives 1.5% (SmolLM2 in bfloat16). The
-    check guards against models that `find_obstacle` does not know: attention that does not go through transformers'
-    registry, absolute positions, keys that change after the cache.
+    without autocast, and 10% for weights of fewer bits, whose rounding alone exceeds 0.1%. The check guards against
+    models that `find_obstacle` does not know: attention that does not go through transformers' registry, absolute
+    positions, keys that change after the cache.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     accelerator: Any = trainer.accelerator
