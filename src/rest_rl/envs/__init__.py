@@ -1,0 +1,1 @@
+"""Environments: tools that run, for training and evaluation over several turns."""
