@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
 
 from rest_rl.config import AUTO
-from rest_rl.data.samples import ToolSample, get_calls
+from rest_rl.data.samples import ToolSample, get_calls, to_message_call
 from rest_rl.errors import UserError
 from rest_rl.formats import (
     FORMATS,
@@ -20,11 +20,13 @@ from rest_rl.formats import (
     get_format,
 )
 from rest_rl.formats.opened_think import OPENING_TAGS, THINK_SUFFIX
+from rest_rl.response import ToolCall
 
 FALLBACK_FORMAT = "hermes"
 """The format for models whose chat template uses no known format; a system message describes this one."""
 PROBE_MESSAGE = {"role": "user", "content": "probe of the user message"}
 PROBE_SYSTEM_MESSAGE = {"role": "system", "content": "probe of the system message"}
+PROBE_RESULT = "probe of the first result"
 PROBE_TOOL = {
     "type": "function",
     "function": {"name": "probe", "description": "?", "parameters": {"type": "object", "properties": {}}},
@@ -89,22 +91,49 @@ class PromptLayout:
             {key: value for key, value in message.items() if key != "reasoning_content"} for message in sample.messages
         ]
         tools = [] if sample.tools_in_prompt else list(sample.tools)
-        if not (sample.tools_in_prompt or self.is_native):
+        text = self._render_messages(messages, tools, f"sample {sample.id!r}", are_final=sample.tools_in_prompt)
+        # The prompt is tokenized with add_special_tokens=False, so it must contain BOS exactly once.
+        return self.bos_prefix + text.removeprefix(self.bos_prefix)
+
+    def _render_messages(
+        self, messages: Messages, tools: Sequence[Any] = (), what: str = "tool results", *, are_final: bool = False
+    ) -> str:
+        if not (are_final or self.is_native):
             messages, tools = messages_to_text(messages, tools, self.format), []
         if not self._supports_system:
             messages = _move_system_into_user(messages)
         try:
-            text = self._apply_template(messages, tools)
+            return self._apply_template(messages, tools)
         except TEMPLATE_ERRORS as error:
             try:  # Mistral's templates accept only ids of nine letters and digits
-                text = self._apply_template(assign_call_ids(messages), tools)
+                return self._apply_template(assign_call_ids(messages), tools)
             except TEMPLATE_ERRORS:
                 raise UserError(
-                    f"the chat template failed on sample {sample.id!r} ({type(error).__name__}: {error})",
+                    f"the chat template failed on {what} ({type(error).__name__}: {error})",
                     remedy="complete the row (tools need name, description and parameters)",
                 ) from error
-        # The prompt is tokenized with add_special_tokens=False, so it must contain BOS exactly once.
-        return self.bos_prefix + text.removeprefix(self.bos_prefix)
+
+    def render_results(
+        self, names: Sequence[str], results: Sequence[Mapping[str, Any]], ends: Collection[str]
+    ) -> str:
+        """Return the text between a response, which ended with one of `ends`, and the start of the next response.
+
+        It contains the results of the response's calls of the tools `names`, given as tool messages. A rollout appends
+        it to the tokens that the model sampled, so nothing that it sampled is rendered again.
+
+        Raises:
+            UserError: The template fails on results, or changes the text before them.
+        """
+        said = {"role": "assistant", "content": "", "tool_calls": [to_message_call(ToolCall(name, {})) for name in names]}
+        probes = [{**result, "content": PROBE_RESULT} for result in results]
+        marked, text = (self._render_messages([PROBE_MESSAGE, said, *map(dict, after)]) for after in (probes, results))
+        place = marked.find(PROBE_RESULT)
+        end = max((at + len(end) for end in ends if (at := marked.rfind(end, 0, place)) >= 0), default=-1)
+        if place < 0 or end < 0 or not text.startswith(marked[:place]):
+            problem = "the chat template cannot continue a conversation after tool results"
+            expected = f"the results after the end of the response ({', '.join(ends) or 'no end token'})"
+            raise UserError(problem, expected, "choose another rest.format, or another chat template")
+        return text[end:]
 
     def count_tokens(self, sample: ToolSample) -> int:
         """Return the number of prompt tokens; 0 if the template fails (then `render` raises the error)."""
