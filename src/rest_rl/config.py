@@ -148,6 +148,28 @@ class DataTable(Table):
 
 
 @dataclass(frozen=True)
+class EnvTable(Table):
+    """`[env]`: an environment whose tools run, to train in instead of on `[data]` (docs/environments.md)."""
+
+    path: str = ""
+    """A world that ships (`shop`), `module:OBJECT`, `FILE.py:OBJECT` or `mcp:COMMAND`; empty for none."""
+    tasks: str = ""
+    """A file of task rows, for an environment that brings none."""
+    reward: str = ""
+    """`module:FUNCTION` that scores a rollout, for tools without a score of their own."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the environment, such as the `verify_tool` of an MCP server."""
+    turns: PositiveInt = 8
+    """Maximum number of responses in a rollout."""
+    calls_per_turn: PositiveInt = 16
+    """Maximum number of calls in one response; further ones are refused."""
+    result_tokens: PositiveInt = 512
+    """Maximum length of one tool result in tokens; the rest is cut."""
+    timeout: PositiveFloat = 30.0
+    """Seconds for one call, and for starting and scoring a session."""
+
+
+@dataclass(frozen=True)
 class EvalTable(Table):
     """`[eval]`: evaluation before, during and after training, with greedy responses and at two temperatures."""
 
@@ -193,6 +215,11 @@ class RestTable(Table):
     share_prompts: bool = True
     """Whether to compute each prompt once per group of responses where the model allows it: the same gradients in less
     time (docs/training.md). The verl engine ignores it."""
+    credit: Literal["outcome", "return_to_go", "matched", "anchor"] | None = None
+    """How the rewards of a rollout in an environment are credited to its turns (docs/method.md). Default: return_to_go
+    if the environment rewards single calls, otherwise outcome."""
+    gamma: Fraction = 1.0
+    """Discount per turn of the rewards that follow it."""
     region_weights: Mapping[str, float] = field(default_factory=dict)
     """Loss weights of a supervised preset by region, for example `name = 2.0`; 1 for the others."""
 
@@ -202,7 +229,7 @@ class RestTable(Table):
             object.__setattr__(self, "preset", get_preset(self.preset).name)
         # A field that the preset ignores must keep its default, or users would believe that it has an effect.
         rl_fields: dict[str, Any] = {"weights": {}, "reward": {}, "advantage": None, "entropy_decay": ENTROPY_DECAY}
-        rl_fields |= {"progress_steps": 0, "resample_rounds": 0, "share_prompts": True}
+        rl_fields |= {"progress_steps": 0, "resample_rounds": 0, "share_prompts": True, "credit": None, "gamma": 1.0}
         supervised_fields: dict[str, Any] = {"region_weights": {}}
         for name, default in (rl_fields if self.is_supervised else supervised_fields).items():
             if (value := getattr(self, name)) != default:
@@ -242,6 +269,7 @@ class RunConfig:
     run: RunTable = field(default_factory=RunTable)
     model: ModelTable = field(default_factory=ModelTable)
     data: DataTable = field(default_factory=DataTable)
+    env: EnvTable = field(default_factory=EnvTable)
     rest: RestTable = field(default_factory=RestTable)
     eval: EvalTable = field(default_factory=EvalTable)
     peft: Mapping[str, Any] = field(default_factory=dict)
@@ -256,6 +284,24 @@ class RunConfig:
         if self.eval.every and self.data.path not in WORLDS and not self.data.held_out:
             problem = f"eval.every is {self.eval.every}, but there is no held-out set"
             raise UserError(problem, remedy="set data.held_out, or eval.every to 0")
+        self._check_environment()
+
+    def _check_environment(self) -> None:
+        if not self.env.path:
+            if self.rest.credit not in (None, "outcome"):
+                problem = f"rest.credit is {self.rest.credit!r}, but there is no environment"
+                raise UserError(problem, remedy="set env.path, or remove rest.credit")
+            return
+        others = {
+            "data.path": self.data.path not in (EMBEDDED, self.env.path),
+            "data.held_out": bool(self.data.held_out),
+            f"preset {self.rest.preset!r}, which is supervised": self.rest.is_supervised,
+            "rest.resample_rounds": bool(self.rest.resample_rounds),
+            "run.engine = 'verl'": self.run.engine == "verl",
+        }
+        if found := [name for name, is_set in others.items() if is_set]:
+            problem = f"env.path cannot be combined with {found[0]}"
+            raise UserError(problem, remedy="remove one of them (docs/environments.md)")
 
     @classmethod
     def from_toml(
@@ -298,7 +344,7 @@ class RunConfig:
             # A supervised preset ignores some fields and rejects any value of them but the default. If a later version
             # changed a default, it would reject the old default in a recorded run, so we record no value.
             method: dict[str, Any] = {"region_weights": self.rest.loss_weights(), "entropy_decay": None}
-            method |= {"progress_steps": None, "resample_rounds": None, "share_prompts": None}
+            method |= dict.fromkeys(("progress_steps", "resample_rounds", "share_prompts", "credit", "gamma"))
         else:
             preset = preset_to_table(self.rest.resolve())
             method = {name: preset[name] for name in ("advantage", "weights", "reward") if name in preset}

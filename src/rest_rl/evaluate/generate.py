@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ NO_FILTERS = {"top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int | Sequence[int],
     batch_size: int,
@@ -39,7 +40,7 @@ def generate(
     on_token: Callable[[int], Any] | None = None,
     meter: EntropyMeter | None = None,
 ) -> list[list[int]]:
-    """Generate one response per prompt and return its token ids, in the order of the prompts.
+    """Generate one response per prompt (text or token ids) and return its ids, in the order of the prompts.
 
     Responses include the end-of-sequence token but no padding. Sampling uses the full distribution at `temperature` and
     ignores the model's generation config. The global random state and the model's training mode are restored.
@@ -65,12 +66,12 @@ def generate(
     return responses
 
 
-def batch_by_length(prompts: Sequence[str], batch_size: int) -> list[list[int]]:
+def batch_by_length(prompts: Sequence[str | Sequence[int]], batch_size: int) -> list[list[int]]:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def decoding_steps(prompts: Sequence[str], limits: Sequence[int], batch_size: int) -> int:
+def decoding_steps(prompts: Sequence[str | Sequence[int]], limits: Sequence[int], batch_size: int) -> int:
     """Return the maximum number of decoding steps that `generate` needs for these prompts, for progress reports."""
     return sum(max(limits[i] for i in batch) for batch in batch_by_length(prompts, batch_size))
 
@@ -154,14 +155,15 @@ class TokenProgress(StoppingCriteria):
 def generate_batch(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     settings: GenerationConfig,
     limits: Sequence[int],
     progress: TokenProgress | None = None,
     meter: EntropyMeter | None = None,
 ) -> list[list[int]]:
     """Generate one response per prompt, all in one batch; return the token ids of each, cut at its limit."""
-    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    encode = partial(tokenizer, add_special_tokens=False)
+    rows = [encode(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     width = max(map(len, rows))  # pad here: the tokenizers of Llama and Mistral have no padding token
     padded = torch.tensor([[settings.pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -39,13 +39,14 @@ class WeightedBatch:
     weights_BT: Tensor
     entropies_BT: Tensor
     logps_BT: Tensor
-    advantages_B: Tensor  # before weighting
+    advantages_B: Tensor  # before weighting; (B, T) with credit per turn
 
     def token_fields(self, row: int, length: int) -> Row:
         """Return the values of one row, a response of `length` tokens, as fields of responses.jsonl."""
         values = {"weights": self.weights_BT, "entropies": self.entropies_BT, "logps": self.logps_BT}
+        advantages = self.advantages_B[row]
         return {
-            "advantage": round(float(self.advantages_B[row]), DECIMALS),
+            "advantage": round_values(advantages[:length]) if advantages.ndim else round(float(advantages), DECIMALS),
             "regions": self.regions_BT[row, :length].tolist(),
             **{name: round_values(values_BT[row, :length]) for name, values_BT in values.items()},
         }

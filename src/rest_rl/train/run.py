@@ -46,6 +46,7 @@ from rest_rl.runlog import (
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.duration import Amounts, Duration, Range, predict_duration
 from rest_rl.train.engine import Engine
+from rest_rl.train.environment import read_tasks
 from rest_rl.train.estimate import Estimate, Workload, estimate_resources, find_device, judge_fit
 from rest_rl.train.policy import (
     load_policy_config,
@@ -225,7 +226,12 @@ def plan_run(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: boo
     if isinstance(rule, UserObject):
         try_weight_rule(rule, layout.tokenizer, layout.format)
     engine = make_engine(config, layout, observer, is_dry=is_dry)
-    plan = RunPlan(config, layout, engine, read_data(config, layout, observer, engine.max_response_tokens))
+    data = (
+        read_tasks(config, layout, observer)
+        if config.env.path
+        else read_data(config, layout, observer, engine.max_response_tokens)
+    )
+    plan = RunPlan(config, layout, engine, data)
     if not has_own_limit:
         plan = with_derived_limit(plan, observer, is_dry=is_dry)
     if is_new and config.run.engine == "trl":

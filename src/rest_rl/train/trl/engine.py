@@ -23,6 +23,7 @@ from trl import SFTTrainer
 from rest_rl.config import RunConfig, parse_toml, read_run_file
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared
+from rest_rl.envs.rollout import Rollouts
 from rest_rl.errors import UserError
 from rest_rl.evaluate.held_out import HeldOutPrompt, evaluate_held_out
 from rest_rl.formats import get_format
@@ -41,6 +42,13 @@ from rest_rl.runlog import (
 )
 from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
 from rest_rl.train.engine import AfterStep, StopPoint
+from rest_rl.train.environment import (
+    EnvironmentData,
+    EnvironmentEvaluator,
+    make_environment_reward,
+    make_limits,
+    make_rows,
+)
 from rest_rl.train.estimate import count_work
 from rest_rl.train.policy import load_policy, new_adapter_config, resolve_adapter
 from rest_rl.train.prompts import TrainingData, build_dataset, build_prompt_dataset, make_rejection_error
@@ -70,6 +78,8 @@ class TrlEngine:
     model: Any
     trainer: ResTTrainer | SFTTrainer | None = None
     recorder: Recorder
+    tasks: EnvironmentEvaluator | None = None
+    """Held-out tasks, if the run has an environment."""
 
     def __init__(self, config: RunConfig, layout: PromptLayout, observer: Observer, *, is_dry: bool = False) -> None:
         self.config, self.layout, self.observer = config, layout, observer
@@ -115,7 +125,10 @@ class TrlEngine:
 
     def _build_dataset(self, data: TrainingData) -> Any:
         if isinstance(self.args, ResTConfig):
-            check_prompt_count(len(data.prepared), self.args, self.config.data.path)
+            check_prompt_count(len(data.prepared), self.args, self.config.env.path or self.config.data.path)
+            if isinstance(data, EnvironmentData):
+                self.tasks = EnvironmentEvaluator(data, self.layout, self.config)
+                return build_dataset(make_rows(data, self.config.run.seed))
             return build_prompt_dataset(data.prepared, self.layout)
         rows, rejected = build_demonstrations(data.prepared, self.layout, self.args.max_length)
         data.reject(rejected)
@@ -147,7 +160,8 @@ class TrlEngine:
         }
         if isinstance(self.args, ResTConfig):
             record = ResponseRecord(self._write_responses, self.config.run.recorded_responses)
-            reward = self._make_reward(self.args, record)
+            shared |= self._make_rollouts(self.args, record) if self.tasks else {}
+            reward = shared.pop("reward_funcs", None) or self._make_reward(self.args, record)
             self.trainer = ResTTrainer(args=self.args, reward_funcs=reward, train_dataset=self.dataset, **shared)
             self.trainer.on_generated = record.start_batch
             self.trainer.on_weighed = record.add_token_fields
@@ -155,6 +169,9 @@ class TrlEngine:
         else:
             weights = self.config.rest.loss_weights()
             self.trainer = make_sft_trainer(self.args, self.layout, self.dataset, weights, **shared)
+        if self.tasks is not None:
+            credit = cast(ResTTrainer, self.trainer).credit
+            self.observer.say(f"credit {credit}; thoughts of earlier turns stay in the context")
         guard_saving(self.trainer, log.folder)
         self.trainer.remove_callback(PrinterCallback)  # `Recorder` shows the metrics instead
         self.model = self.trainer.model
@@ -166,6 +183,15 @@ class TrlEngine:
         ends, shares, steps = get_stop_ids(tokenizer, self.model), optimizer_steps_per_batch(args), args.progress_steps
         reward = make_tool_reward(tokenizer, tool_format, args.method(), shares, args.seed, ends, steps)
         return with_response_record(reward, tokenizer, tool_format, record, ends, steps)
+
+    def _make_rollouts(self, args: ResTConfig, record: ResponseRecord) -> dict[str, Any]:
+        assert self.tasks is not None
+        environment, tokenizer = self.tasks.environment, self.layout.tokenizer
+        ends, limit = get_stop_ids(tokenizer, self.model), self.max_response_tokens
+        rollouts = Rollouts(environment, self.layout, make_limits(self.config), ends, limit)
+        tags = get_format(self.config.rest.format).tags
+        reward = make_environment_reward(tokenizer, tags, record, args.progress_steps)
+        return {"rollouts": rollouts, "reward_funcs": reward}
 
     def _write_responses(self, step: int, rows: Sequence[Row]) -> None:
         self.log.add_responses(rows)
@@ -191,6 +217,8 @@ class TrlEngine:
                 "to skip: --set eval.prompts=0)"
             )
         with self._explaining_divergence(), self.autocast():
+            if self.tasks is not None:
+                return self.tasks.evaluate(self.model, prompts, self.observer)
             tokenizer, tool_format = self.layout.tokenizer, self.layout.format
             return evaluate_held_out(self.model, tokenizer, prompts, tool_format, self.config.eval, self.observer)
 

@@ -23,7 +23,7 @@ from rest_rl.train.trl.trainer import ResTConfig, optimizer_steps_per_batch
 
 # Fields of the trainer's configuration that other tables of a run set.
 MANAGED_FIELDS = ("output_dir", "seed", "preset", "tool_format", "weights", "reward", "advantage", "entropy_decay")
-MANAGED_FIELDS += ("progress_steps", "resample_rounds", "share_prompts")
+MANAGED_FIELDS += ("progress_steps", "resample_rounds", "share_prompts", "credit", "gamma")
 # Learning rate schedules whose rates do not depend on the length of the run.
 LENGTH_INDEPENDENT_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 # TRL's default of `per_device_train_batch_size` and `num_generations`, and our least size of a group that is fitted.

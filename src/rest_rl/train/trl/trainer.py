@@ -41,6 +41,7 @@ from rest_rl.rewards import check_reward_rule
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.record import RESPONSE_INDEX, WeightedBatch
 from rest_rl.train.reward import compute_progress, get_stop_ids, make_tool_reward, refuse_non_finite
+from rest_rl.train.trl.environment import EnvironmentTrainer
 from rest_rl.train.trl.resample import ResamplingTrainer, check_resampling, check_resampling_data
 from rest_rl.train.trl.shared_prompts import SharedPromptTrainer
 from rest_rl.train.weighing import (
@@ -134,6 +135,8 @@ class ResTConfig(GRPOConfig):
     entropy_decay: float = field(default=ENTROPY_DECAY, metadata=_help("Decay per step of the region averages."))
     progress_steps: int = field(default=0, metadata=_help("Steps in which progress goes from 0 to 1; 0 for all."))
     resample_rounds: int = field(default=0, metadata=_help("Rounds that replace groups with equal rewards (DAPO)."))
+    credit: str | None = field(default=None, metadata=_help("Credit of a rollout's turns: see `credit` in [rest]."))
+    gamma: float = field(default=1.0, metadata=_help("Discount per turn of later rewards, in an environment."))
     share_prompts: bool = field(default=True, metadata=_help("Compute each prompt once per group where possible."))
     loss_type: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
     scale_rewards: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
@@ -252,7 +255,7 @@ def sampled_mask(batch: Mapping[str, Any]) -> Tensor:
     return mask_BT * batch["tool_mask"] if "tool_mask" in batch else mask_BT
 
 
-class ResTTrainer(ResamplingTrainer, SharedPromptTrainer):
+class ResTTrainer(EnvironmentTrainer, ResamplingTrainer, SharedPromptTrainer):
     """`GRPOTrainer` with advantages weighted by region; with weights of 1, the results are TRL's.
 
     They are bit-identical with `share_prompts=False`, and equal up to rounding with shared prompts.

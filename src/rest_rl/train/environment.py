@@ -1,0 +1,276 @@
+"""Training in an environment: its tasks as the data of a run, its rewards, metrics and evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rest_rl.config import EvalTable, RunConfig
+from rest_rl.data.layout import PromptLayout
+from rest_rl.data.prepare import Prepared
+from rest_rl.data.samples import ToolSample
+from rest_rl.envs.guard import Guard, Limits
+from rest_rl.envs.load import load_environment
+from rest_rl.envs.rollout import Generated, Rollouts, Trajectory, derive_seed, make_sample
+from rest_rl.envs.session import Environment, Task
+from rest_rl.errors import UserError
+from rest_rl.evaluate.generate import EntropyMeter, eos_token_ids, generate
+from rest_rl.evaluate.held_out import HeldOutPrompt
+from rest_rl.regions import token_char_lengths
+from rest_rl.response import Gold, ToolCall
+from rest_rl.runlog import SILENT, Observer, Row
+from rest_rl.statistics import Outcome, summarize
+from rest_rl.train.prompts import TrainingData
+from rest_rl.train.record import ResponseRecord
+from rest_rl.train.reward import compute_progress
+
+OPENED_TASKS = 16
+"""Tasks that are opened before training, to check the environment and to estimate lengths."""
+
+
+@dataclass
+class EnvironmentData(TrainingData):
+    """The tasks of an environment as the data of a run; a sample stands for a task, which its message contains."""
+
+    environment: Environment | None = None
+
+    def get_task(self, sample: ToolSample) -> Task:
+        """Return the task that a sample stands for."""
+        return json.loads(sample.messages[0]["content"])
+
+
+def make_limits(config: RunConfig) -> Limits:
+    """Return the limits of a run's rollouts."""
+    table = config.env
+    return Limits(table.turns, table.calls_per_turn, table.result_tokens, table.timeout)
+
+
+def read_tasks(config: RunConfig, layout: PromptLayout, observer: Observer = SILENT) -> EnvironmentData:
+    """Load the environment of a run and draw its tasks.
+
+    Raises:
+        UserError: the environment cannot be loaded, has no tasks, or fails to start a session for the first ones.
+    """
+    table = config.env
+    environment = load_environment(table.path, tasks=table.tasks, reward=table.reward, options=table.options)
+    training = environment.tasks(environment.splits[0], config.data.seed, config.data.num_samples)
+    if not training:
+        raise UserError(f"the environment {table.path} has no tasks", remedy="pass a file of tasks with env.tasks")
+    prepared = _prepare_tasks(training, environment, config, layout)
+    held_out = [
+        (split, each)
+        for split in environment.splits[1:] * bool(config.eval.prompts)
+        for each in _prepare_tasks(
+            environment.tasks(split, config.eval.seed, config.eval.prompts), environment, config, layout, prepared[:1]
+        )
+    ]
+    observer.say(f"{table.path}: {len(prepared)} tasks for training, {len(held_out)} held out")
+    return EnvironmentData(prepared, held_out, environment=environment)
+
+
+# Opening a session may start a server, so only the first tasks are opened; the others borrow their prompts, which
+# serve estimates only. Rollouts open every task.
+def _prepare_tasks(
+    tasks: Sequence[Task],
+    environment: Environment,
+    config: RunConfig,
+    layout: PromptLayout,
+    opened: Sequence[Prepared] = (),
+) -> list[Prepared]:
+    prepared = list(opened) or [
+        _open_task(task, environment, config, layout, number) for number, task in enumerate(tasks[:OPENED_TASKS])
+    ]
+    texts, golds = [each.prompt_text for each in prepared], [each.sample.gold for each in prepared]
+    samples = []
+    for number, task in enumerate(tasks):
+        identity, text = str(task.get("id", number)), json.dumps(task, ensure_ascii=False, default=str)
+        kind = str(task.get("kind", "task"))
+        message = ({"role": "user", "content": text},)
+        gold = golds[number % len(golds)]
+        sample = ToolSample(identity, message, (), gold, None, kind)
+        samples.append(Prepared(sample, texts[number % len(texts)], layout.tokenizer))
+    duplicates = [identity for identity, n in Counter(each.sample.id for each in samples).items() if n > 1]
+    if duplicates:
+        raise UserError(f"several tasks have the id {duplicates[0]!r}", "one id per task", "rename them")
+    return samples
+
+
+def _open_task(
+    task: Task, environment: Environment, config: RunConfig, layout: PromptLayout, number: int
+) -> Prepared:
+    guard = Guard(environment, task, derive_seed(config.run.seed, task.get("id", number)), make_limits(config))
+    try:
+        guard.wait_for_start()
+        if guard.failure:
+            problem = f"the environment {config.env.path} cannot start task {task.get('id', number)!r}: {guard.failure}"
+            raise UserError(problem, "a session", f"run rest-rl env check {config.env.path}")
+        calls = guard.read("gold_calls") or []
+        longest = max(calls, key=lambda call: len(json.dumps(call)), default=None)
+        gold = Gold((ToolCall(longest["name"], longest["arguments"]),)) if longest else Gold()
+        sample = make_sample(task, guard.messages, guard.tools)
+        return Prepared(ToolSample(sample.id, sample.messages, sample.tools, gold, None, sample.kind),
+                        layout.render(sample), layout.tokenizer)
+    finally:
+        guard.close()
+
+
+def make_rows(data: EnvironmentData, seed: int) -> Iterable[Row]:
+    """Return the rows of the training dataset: a group's rollouts share the task and the seed of its sessions."""
+    for each in data.prepared:
+        sample = each.sample
+        task = sample.messages[0]["content"]
+        yield {"prompt": sample.id, "id": sample.id, "kind": sample.kind, "task": task,
+               "session_seed": derive_seed(seed, sample.id)}
+
+
+def make_environment_reward(
+    tokenizer: Any, tags: Sequence[str], record: ResponseRecord | None = None, progress_steps: int = 0
+) -> Callable[..., list[float | None]]:
+    """Return the reward function for TRL: the total reward of each trajectory, None if nothing was scored.
+
+    It logs env/success, env/reward, env/turns, env/calls, env/part/<name>, env/error/<kind> per rollout and
+    env/stop/<why>, and the success rate as rest/exact_match too, which all reports show.
+    """
+
+    def environment_reward(
+        trajectory: Sequence[Trajectory],
+        trainer_state: Any = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        id: Sequence[Any] = (),
+        **_: Any,
+    ) -> list[float | None]:
+        totals = [each.total for each in trajectory]
+        for name, value in compute_metrics(trajectory).items() if log_metric else ():
+            log_metric(name, value)  # type: ignore[misc]
+        if record is not None and trainer_state is not None:
+            step, progress = trainer_state.global_step + 1, compute_progress(trainer_state, progress_steps)
+            record.add_scored(
+                (lambda each=each, name=name: {
+                    "step": step, "progress": progress, "id": name, **make_trajectory_row(each, tokenizer, tags)})
+                for each, name in zip(trajectory, id, strict=True)
+            )
+        return totals
+
+    return environment_reward
+
+
+def compute_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Return the means over rollouts of success, reward and its parts, turns, calls, errors and ends."""
+    n, rewards = len(trajectories), [each.total for each in trajectories if each.total is not None]
+    sums: Counter[str] = Counter()
+    for each in trajectories:
+        sums["env/success"] += each.has_succeeded
+        sums["env/turns"] += len(each.turns)
+        sums["env/calls"] += sum(len(turn.calls) for turn in each.turns)
+        sums["rest/call_rate"] += any(turn.calls for turn in each.turns)
+        for kind, count in each.events.items():
+            sums[f"env/stop/{kind[6:]}" if kind.startswith("stop: ") else f"env/error/{kind}"] += count
+        for part, value in (each.verdict.parts if each.verdict else {}).items():
+            sums[f"env/part/{part}"] += value
+    metrics = {name: total / n for name, total in sums.items()}
+    metrics["rest/exact_match"] = metrics["env/success"]
+    if rewards:
+        metrics["env/reward"] = sum(rewards) / len(rewards)
+    return metrics
+
+
+def make_trajectory_row(trajectory: Trajectory, tokenizer: Any, tags: Sequence[str]) -> Row:
+    """Return the fields of responses.jsonl for a rollout that are known as soon as it is scored."""
+    turns = [
+        {
+            "start": turn.start,
+            "end": turn.end,
+            "calls": [{"name": call.name, "arguments": dict(call.arguments)} for call in turn.calls],
+            "results": [{"text": result.text[:2000], "reward": result.reward, "error": result.error}
+                        for result in turn.results],
+            "reward": reward,
+        }
+        for turn, reward in zip(trajectory.turns, trajectory.rewards, strict=False)
+    ]
+    return {
+        "prompt": tokenizer.decode(trajectory.prompt_ids),
+        "response": tokenizer.decode(trajectory.ids),
+        "ids": trajectory.ids,
+        "mask": trajectory.mask,
+        "turns": turns,
+        "gold": {"calls": []},
+        "reward": trajectory.total,
+        "success": trajectory.has_succeeded,
+        "stop": trajectory.stop,
+        "failure": trajectory.failure,
+        "states": list(trajectory.states),
+        "truncated": trajectory.stop == "truncated",
+        "lengths": token_char_lengths(trajectory.ids, tokenizer, tags),
+    }
+
+
+class EnvironmentEvaluator:
+    """Evaluates a policy on held-out tasks, with the same three kinds of sampling as `evaluate_held_out`.
+
+    Exact match is success, s_acc the total reward, and s_format the share of turns without an unreadable call.
+    """
+
+    def __init__(self, data: EnvironmentData, layout: PromptLayout, config: RunConfig) -> None:
+        assert data.environment is not None
+        self.data, self.layout, self.config = data, layout, config
+        self.environment = data.environment
+
+    def evaluate(self, model: Any, prompts: Sequence[HeldOutPrompt], observer: Observer = SILENT) -> dict[str, Any]:
+        """Return the scores of sampled, greedy and low-temperature rollouts, in the form of `evaluate_held_out`."""
+        table, meter = self.config.eval, EntropyMeter()
+        passes: list[tuple[str, int, dict[str, Any]]] = [
+            ("sampled", table.seed + draw, {"meter": meter}) for draw in range(table.samples_per_prompt)
+        ]
+        passes.append(("greedy", table.seed, {"greedy": True}))
+        if table.low_temperature:
+            passes.append(("low temperature", table.seed, {"temperature": table.low_temperature}))
+        outcomes: dict[str, list[Outcome]] = {}
+        turns = self.config.env.turns
+        with observer.track(f"evaluating {len(prompts)} held-out tasks, turns", turns * len(passes)) as advance:
+            for number, (kind, seed, settings) in enumerate(passes):
+                found = self._run(
+                    model,
+                    prompts,
+                    seed,
+                    settings,
+                    lambda turn, active, kind=kind, before=number * turns: advance(before + turn, note=kind),
+                )
+                outcomes.setdefault(kind, []).extend(map(make_outcome, found, prompts, range(len(prompts))))
+            advance(turns * len(passes))
+        scores = {**summarize(outcomes["sampled"]), "greedy": summarize(outcomes["greedy"])}
+        scores["policy_entropy"] = meter.mean
+        if "low temperature" in outcomes:
+            scores["low_temperature"] = {**summarize(outcomes["low temperature"]), "temperature": table.low_temperature}
+        return scores
+
+    def _run(
+        self,
+        model: Any,
+        prompts: Sequence[HeldOutPrompt],
+        seed: int,
+        settings: Mapping[str, Any],
+        on_turn: Callable[[int, int], Any],
+    ) -> list[Trajectory]:
+        table, tokenizer, limit = self.config.eval, self.layout.tokenizer, max(prompt.limit for prompt in prompts)
+        turn = 0
+
+        def respond(ids: Sequence[list[int]], is_first: bool) -> Generated:
+            nonlocal turn
+            turn += 1
+            own = {"max_new_tokens": limit, "batch_size": table.batch_size, "seed": seed + 1000 * turn, **settings}
+            return Generated(generate(model, tokenizer, ids, **own))
+
+        tasks = [(self.data.get_task(prompt.sample), derive_seed(table.seed, prompt.sample.id)) for prompt in prompts]
+        ends: Collection[int] = eos_token_ids(model, tokenizer)
+        return Rollouts(self.environment, self.layout, make_limits(self.config), ends, limit).run(
+            tasks, respond, on_turn
+        )
+
+
+def make_outcome(trajectory: Trajectory, prompt: HeldOutPrompt, index: int) -> Outcome:
+    unreadable = trajectory.events["unreadable call"] / max(1, len(trajectory.turns))
+    success, reward = float(trajectory.has_succeeded), trajectory.total or 0.0
+    return Outcome(prompt.sample.kind, prompt.split, index, success, reward, 1 - unreadable, "calls")
