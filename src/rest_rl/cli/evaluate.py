@@ -40,7 +40,8 @@ def _parameter(name: str, default: Any, about: Mapping[str, Any]) -> inspect.Par
     if about.get("choices"):
         kind: Any = Literal[about["choices"]]
     if default is None or default == ():
-        kind = (int if about["metavar"] == "N" else str if "choices" not in about else kind) | None
+        numbers = {"N": int, "T": float}
+        kind = (numbers.get(about["metavar"], str) if "choices" not in about else kind) | None
         default = None
     elif kind is not bool:
         text += f" (default: {default})"
@@ -91,6 +92,13 @@ _add_benchmark(
     "office",
     "Evaluate on the office's tools: exact match on unseen tools, unseen phrasings and unseen values.",
     "office --model runs/mine",
+)
+ENVIRONMENT = typer.Argument(metavar="ENV", help="a world that ships (shop), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND")
+_add_benchmark(
+    "env",
+    "Evaluate in an environment: whole rollouts over several turns, success, and pass^k over several attempts.",
+    "env shop --model runs/shop --attempts 4",
+    inspect.Parameter("env", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, ENVIRONMENT]),
 )
 ADDRESS = typer.Argument(metavar="MODULE:OBJECT", help="a rest_rl.Benchmark, or a function that returns one")
 _add_benchmark(

@@ -18,7 +18,7 @@ from rest_rl.data.samples import ToolSample, to_message_call
 from rest_rl.envs.guard import Guard, Limits
 from rest_rl.envs.session import Environment, Message, Result, Task
 from rest_rl.regions import decode_ids
-from rest_rl.response import Gold, ToolCall
+from rest_rl.response import Gold, ParsedResponse, ToolCall
 
 Stop = Literal["answered", "done", "turn limit", "truncated", "context", "failed"]
 """Why a rollout ended: the policy answered without a call, the session said so, a limit, or the session failed."""
@@ -111,6 +111,59 @@ def make_sample(task: Task, messages: Sequence[Message], tools: Sequence[Mapping
     return ToolSample(str(task.get("id", "")), tuple(messages), tuple(map(dict, tools)), Gold(), None, "task")
 
 
+def start_turn(
+    guard: Guard, parsed: ParsedResponse
+) -> tuple[Message, Callable[[], tuple[list[str], list[Result]]] | None]:
+    """Start the calls of a response.
+
+    Returns:
+        The response as a message, and a function that waits for the names of the called tools and their results; None
+        if the response calls no tool.
+    """
+    message: Message = {"role": "assistant", "content": parsed.answer or ""}
+    if parsed.thought:
+        message["reasoning_content"] = parsed.thought
+    if not parsed.attempted_call:
+        return message, None
+    message["tool_calls"] = [to_message_call(call, id=f"call_{n}") for n, call in enumerate(parsed.calls)]
+    known = {tool["function"]["name"] for tool in guard.tools}
+    finish = guard.start_calls(parsed.calls)
+
+    def collect() -> tuple[list[str], list[Result]]:
+        if not parsed.calls:
+            guard.events["unreadable call"] += 1
+            return ["unreadable"], [Result('{"error": "the call cannot be read"}', error="unreadable call")]
+        return [call.name if call.name in known else "unknown" for call in parsed.calls], finish()
+
+    return message, collect
+
+
+def make_result_messages(names: Sequence[str], texts: Sequence[str]) -> list[Message]:
+    """Return the messages with the results of the calls of one turn."""
+    return [
+        {"role": "tool", "tool_call_id": f"call_{n}", "name": name, "content": text}
+        for n, (name, text) in enumerate(zip(names, texts, strict=True))
+    ]
+
+
+def cut_result(text: str, limit: int, layout: PromptLayout | None) -> str:
+    """Return a tool's result with at most `limit` tokens (without a layout: four characters for one) and a note.
+
+    Special tokens of the tokenizer are broken up, because a result must not end the turn.
+    """
+    head = text[: 16 * limit]
+    if layout is None:
+        kept = head[: 4 * limit]
+        return kept if len(kept) == len(text) else f"{kept} [cut: {len(kept)} of {len(text)} characters]"
+    for token in layout.special_tokens:
+        head = head.replace(token, token[:1] + " " + token[1:])
+    ids = layout.tokenizer(head, add_special_tokens=False)["input_ids"]
+    if len(ids) <= limit and len(text) <= 16 * limit:
+        return head
+    kept = layout.tokenizer.decode(ids[:limit])
+    return f"{kept} [cut: {len(kept)} of {len(text)} characters]"
+
+
 class Rollouts:
     """Runs tasks of an environment with one policy's tokenizer, prompt layout and stop tokens."""
 
@@ -119,6 +172,7 @@ class Rollouts:
     ) -> None:
         self.environment, self.layout, self.limits = environment, layout, limits
         self.ends, self.response_tokens = frozenset(ends), response_tokens
+        self._end_texts = [text for text in map(layout.tokenizer.decode, sorted(self.ends)) if text]
 
     def run(
         self,
@@ -185,43 +239,25 @@ class Rollouts:
             trajectory.messages.append({"role": "assistant", "content": turn.text})
             return None
         parsed = self.layout.format.parse(turn.text, spans=False)
-        turn.calls = parsed.calls
-        turn.state_hash = guard.read("state_hash")
-        message: Message = {"role": "assistant", "content": parsed.answer or ""}
-        if parsed.thought:
-            message["reasoning_content"] = parsed.thought
-        if not parsed.attempted_call:
-            trajectory.stop = "answered"
-            trajectory.messages.append(message)
-            return None
-        known = {tool["function"]["name"] for tool in guard.tools}
-        names = [call.name if call.name in known else "unknown" for call in parsed.calls] or ["unreadable"]
-        message["tool_calls"] = [to_message_call(call, id=f"call_{n}") for n, call in enumerate(parsed.calls)]
+        turn.calls, turn.state_hash = parsed.calls, guard.read("state_hash")
+        message, finish = start_turn(guard, parsed)
         trajectory.messages.append(message)
-        finish = guard.start_calls(parsed.calls)
+        if finish is None:
+            trajectory.stop = "answered"
+            return None
 
         def collect() -> bool:
-            turn.results = finish() or [Result('{"error": "the call cannot be read"}', error="unreadable call")]
-            if not parsed.calls:
-                guard.events["unreadable call"] += 1
-            self._append_results(trajectory, names, [self._cut(result.text) for result in turn.results])
-            if guard.failure:
-                trajectory.stop = "failed"
-            elif guard.done:
-                trajectory.stop = "done"
+            names, turn.results = finish()
+            texts = [self._cut(result.text) for result in turn.results]
+            messages = make_result_messages(names, texts)
+            trajectory.messages.extend(messages)
+            suffix = self.layout.render_results(names, messages, self._end_texts)
+            self._extend(trajectory, self._encode(suffix), 0, None)
+            if guard.failure or guard.done:
+                trajectory.stop = "failed" if guard.failure else "done"
             return trajectory.stop == "turn limit"
 
         return collect
-
-    def _append_results(self, trajectory: Trajectory, names: Sequence[str], texts: Sequence[str]) -> None:
-        results: list[Message] = [
-            {"role": "tool", "tool_call_id": f"call_{n}", "name": name, "content": text}
-            for n, (name, text) in enumerate(zip(names, texts, strict=True))
-        ]
-        trajectory.messages.extend(results)
-        ends = [end for end in map(self.layout.tokenizer.decode, sorted(self.ends)) if end]
-        suffix = self.layout.render_results(names, results, ends)
-        self._extend(trajectory, self._encode(suffix), 0, None)
 
     def _extend(self, trajectory: Trajectory, ids: Sequence[int], mask: int, logprobs: list[float] | None) -> None:
         trajectory.ids.extend(ids)
@@ -229,15 +265,7 @@ class Rollouts:
         trajectory.logprobs.extend(logprobs or [0.0] * len(ids))
 
     def _cut(self, text: str) -> str:
-        limit = self.limits.result_tokens
-        head = text[: 16 * limit]
-        for token in self.layout.special_tokens:  # a result must not end the turn
-            head = head.replace(token, token[:1] + " " + token[1:])
-        ids = self._encode(head)
-        if len(ids) <= limit and len(text) <= 16 * limit:
-            return head
-        kept = self.layout.tokenizer.decode(ids[:limit])
-        return f"{kept} [cut: {len(kept)} of {len(text)} characters]"
+        return cut_result(text, self.limits.result_tokens, self.layout)
 
     def _finish(self, guard: Guard, trajectory: Trajectory) -> None:
         if trajectory.turns and trajectory.mask and trajectory.mask[-1] == 0:

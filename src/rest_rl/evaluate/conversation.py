@@ -26,6 +26,8 @@ class Request:
     sample: ToolSample
     turn: int = 0
     step: int = 0
+    text: str = ""
+    """The prompt as text, if it continues what the model wrote instead of being rendered from the sample."""
 
 
 class Reply(NamedTuple):

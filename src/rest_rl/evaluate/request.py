@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Source = Literal["oracle", "responses", "endpoint", "object", "checkpoint"]
 WORLD_BENCHMARKS = ("tool-world", "office")
+TASK_BENCHMARKS = (*WORLD_BENCHMARKS, "env")
 """The values of `config.WORLDS`; importing that module here would slow down `--help`."""
 DEFAULT_MAX_NEW_TOKENS, WORLD_MAX_NEW_TOKENS = 4096, 160
 """Default response limits in tokens: API-Bank's published setting, and the generators' short tasks."""
@@ -22,7 +23,7 @@ BATCH_SIZE, VLLM_BATCH_SIZE, BFCL_BATCH_SIZE = 16, 256, 64
 MODEL_OPTIONS = ("changes", "context", "max_new_tokens", "tokenizer", "requests_per_minute", "extra_body")
 SERVER_OPTIONS = ("tokenizer", "requests_per_minute", "extra_body")
 CHECKPOINT_OPTIONS = ("vllm", "batch_size")
-POSITIVE_FIELDS = ("max_new_tokens", "batch_size", "concurrency", "limit", "requests_per_minute", "prompts", "timeout")
+POSITIVE_FIELDS = ("attempts", "turns", "max_new_tokens", "batch_size", "concurrency", "limit", "requests_per_minute", "prompts", "timeout")
 BENCHMARK_PANEL, MODEL_PANEL, PROMPT_PANEL = "Benchmark", "Model", "Prompt and generation"
 SERVER_PANEL, SAMPLES_PANEL, OUTPUT_PANEL = "Server", "Samples", "Output"
 MODEL_HELP = "run folder, model or adapter folder, hub name, or the server's model (tool-world: the embedded model)"
@@ -85,8 +86,8 @@ class EvalRequest:
         only_for=("bfcl",),
         choices=("v3", "v4"),
     )
-    prompts: int = _option(256, BENCHMARK_PANEL, "prompts per split", "N", only_for=WORLD_BENCHMARKS)
-    seed: int = _option(20_000, BENCHMARK_PANEL, "seed of the prompts", "N", only_for=WORLD_BENCHMARKS)
+    prompts: int = _option(256, BENCHMARK_PANEL, "prompts or tasks per split", "N", only_for=TASK_BENCHMARKS)
+    seed: int = _option(20_000, BENCHMARK_PANEL, "seed of the prompts or tasks", "N", only_for=TASK_BENCHMARKS)
     decision: Literal["reasoning", "call"] = _option(
         "reasoning",
         BENCHMARK_PANEL,
@@ -94,6 +95,17 @@ class EvalRequest:
         only_for=("tool-world",),
         choices=("reasoning", "call"),
     )
+    env: str = field(default="")
+    """The environment of the benchmark `env`, as in `env.path`."""
+    tasks: str | None = _option(None, BENCHMARK_PANEL, "task rows of an environment without any", "FILE", only_for=("env",))
+    reward: str | None = _option(
+        None, BENCHMARK_PANEL, "a function that scores rollouts", "MODULE:OBJECT", only_for=("env",)
+    )
+    attempts: int = _option(1, BENCHMARK_PANEL, "rollouts per task, for pass^k", "N", only_for=("env",))
+    temperature: float | None = _option(
+        None, BENCHMARK_PANEL, "of a local model (default: 0, or 1 with several attempts)", "T", only_for=("env",)
+    )
+    turns: int = _option(8, BENCHMARK_PANEL, "responses per rollout", "N", only_for=("env",))
     command: tuple[str, ...] = field(default=(), repr=False)
     """The command line, recorded in environment.json."""
 
@@ -139,8 +151,13 @@ class EvalRequest:
     @property
     def response_limit(self) -> int:
         """The maximum number of tokens per response."""
-        default = WORLD_MAX_NEW_TOKENS if self.benchmark in WORLD_BENCHMARKS else DEFAULT_MAX_NEW_TOKENS
+        default = WORLD_MAX_NEW_TOKENS if self.benchmark in TASK_BENCHMARKS else DEFAULT_MAX_NEW_TOKENS
         return default if self.max_new_tokens is None else self.max_new_tokens
+
+    @property
+    def sampling_temperature(self) -> float:
+        """The temperature of a local model; 0 is greedy."""
+        return self.temperature if self.temperature is not None else float(self.attempts > 1)
 
     @property
     def effective_batch_size(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -184,8 +185,10 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
         from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
 
         return Bfcl(request.version, request.categories or None)
+    if name == "env":
+        return open_environment(request, plan)
     if ":" not in name:
-        expected = "bfcl, api-bank, tool-world, office or package.module:OBJECT"
+        expected = "bfcl, api-bank, tool-world, office, env or package.module:OBJECT"
         raise UserError(f"unknown benchmark {name!r}", expected, "correct the name")
     found: Any = load_object(name, "benchmark")
     makes_one = isinstance(found, type) or (callable(found) and not hasattr(found, "start"))
@@ -200,6 +203,17 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
         )
     check_signature(benchmark.start, f"start of benchmark {name!r}", "identity", "tool_format")
     return benchmark
+
+
+def open_environment(request: EvalRequest, plan: Plan) -> Benchmark:
+    """Return the tasks of the environment of a request as a benchmark."""
+    from rest_rl.envs.guard import Limits
+    from rest_rl.envs.load import load_environment
+    from rest_rl.evaluate.benchmarks.environment import EnvironmentTasks
+
+    environment = load_environment(request.env, tasks=request.tasks or "", reward=request.reward or "")
+    numbers = {"seed": request.seed, "prompts": request.prompts, "attempts": request.attempts}
+    return EnvironmentTasks(environment, **numbers, limits=Limits(turns=request.turns), layout=plan.layout)
 
 
 def choose_samples(benchmark: Benchmark, request: EvalRequest) -> list[str]:
@@ -310,7 +324,7 @@ def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]
     table, layout, context = plan.table, plan.layout, request.context
     assert table is not None
     assert layout is not None
-    sizes = {"batch_size": request.effective_batch_size, "max_new_tokens": request.response_limit}
+    sizes: dict[str, Any] = {"batch_size": request.effective_batch_size, "max_new_tokens": request.response_limit}
     if request.vllm:
         from rest_rl.evaluate.models.vllm import VllmModel
 
@@ -323,6 +337,7 @@ def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]
     dtype = "bfloat16" if device and table.dtype == AUTO else table.dtype
     weights, _ = load_policy(replace(table, dtype=dtype))
     weights = weights if table.load_in_4bit else weights.to(device or "cpu")
+    sizes["temperature"] = request.sampling_temperature
     return LocalModel(weights, layout, **sizes, context=context), [f"transformers on {device or 'the CPU'}"]
 
 
@@ -343,6 +358,8 @@ def _collect_model_settings(request: EvalRequest, plan: Plan) -> dict[str, Any]:
     if request.responses:
         return {"model": "recorded", **texts, "responses": compute_digest(Path(request.responses))}
     settings: dict[str, Any] = {"model": request.checkpoint, **texts, "max_new_tokens": request.response_limit}
+    if request.sampling_temperature:
+        settings["temperature"] = request.sampling_temperature
     if request.context is not None:
         settings["context"] = request.context
     # users edit the chat template in a model's folder, and the prompts change with it
@@ -380,7 +397,8 @@ def _default_folder(request: EvalRequest) -> str:
     edition = f"-{request.version}" if request.benchmark == "bfcl" else ""
     who = names.get(request.source) or model_label(request.checkpoint)
     name = request.benchmark if isinstance(request.benchmark, str) else request.benchmark.name
-    return f"runs/eval-{name.rpartition(':')[2]}{edition}-{who}"
+    name = f"env-{request.env}" if name == "env" else name.rpartition(":")[2]
+    return f"runs/eval-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}{edition}-{who}"
 
 
 def _evaluate_samples(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rest_rl.data.layout import PromptLayout
+from rest_rl.data.samples import compute_digest
 from rest_rl.errors import check_minimums
 from rest_rl.evaluate.conversation import Reply
 from rest_rl.evaluate.generate import eos_token_ids, generate
@@ -19,19 +20,27 @@ LENGTH_INDEPENDENT_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class LocalModel(TokenModel):
-    """A transformers model with greedy decoding.
+    """A transformers model with greedy decoding, or with sampling at a `temperature` above 0.
 
     A reply does not depend on the other prompts in its batch, except through rounding in 16-bit arithmetic.
     """
 
     def __init__(
-        self, model: Any, layout: PromptLayout, *, batch_size: int, max_new_tokens: int, context: int | None = None
+        self,
+        model: Any,
+        layout: PromptLayout,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        context: int | None = None,
+        temperature: float = 0.0,
     ) -> None:
         # pass `context` if the model's config does not state the context length, as with stretched positions
         sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "context_length": context}
         check_minimums({name: (size, 1) for name, size in sizes.items()})
         self.model, self.layout, self.batch_size, self.max_new_tokens = model, layout, batch_size, max_new_tokens
         self.context = context if context is not None else context_length(model.config, layout.tokenizer)
+        self.temperature = temperature
         self._can_exceed_context = can_exceed_context(model.config)
 
     # Token budget: each prompt has its own limit, because prompt plus response must fit into the context. Rows of one
@@ -59,7 +68,10 @@ class LocalModel(TokenModel):
                 [prompt.text for prompt in prompts],
                 max_new_tokens=[prompt.limit for prompt in prompts],
                 batch_size=min(self.batch_size, len(prompts)),
-                greedy=True,
+                greedy=self.temperature == 0,
+                temperature=self.temperature or 1.0,
+                # The same batch has the same samples, so that a resumed evaluation equals an uninterrupted one.
+                seed=compute_digest([prompt.text for prompt in prompts]) % 2**32,
             )
         except RuntimeError as error:  # CUDA has a subclass, other devices raise a plain RuntimeError
             if "out of memory" not in str(error).lower():

@@ -28,7 +28,7 @@ def prepare_prompt(
     no room for a single token is reported as an overflow, which counts as wrong.
     """
     try:
-        text = layout.render(request.sample)
+        text = request.text or layout.render(request.sample)
     except ValueError as error:
         return Reply(refusal=str(error))
     try:
