@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rest_rl.cli import compare, data, inspect, model, probe, report, score, train
+from rest_rl.cli import compare, data, env, inspect, model, probe, report, score, train
 from rest_rl.cli.evaluate import eval_app
 from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, verb_group, with_new_names
 from rest_rl.errors import RenamedWarning, UserError
@@ -70,6 +70,7 @@ add(report.report, "summarize run folders as Markdown and plots, or as one HTML 
 add(compare.compare, "train several methods with several seeds and test which learns better", epilog=compare.EPILOG)
 add(probe.probe, "estimate before training whether token weights would help", probe.EPILOG)
 app.add_typer(data.group, name="data", short_help="check, convert, show, split, mix or generate training data")
+app.add_typer(env.group, name="env", short_help="check an environment whose tools run")
 app.add_typer(eval_app, name="eval", short_help="evaluate on a benchmark; compare and tabulate evaluations")
 add(inspect.inspect, "show the region and weight of each token of a response")
 add(score.score, "score responses against gold calls, with explanations")

@@ -1,0 +1,60 @@
+"""The commands `env`: check an environment before training in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from rest_rl.cli.options import AsJson, Verb, verb_group
+
+EPILOG = """\
+examples:
+  rest-rl env check shop                        a world that ships
+  rest-rl env check my_tools.py:Shop            a class of yours
+  rest-rl env check 'mcp:python server.py'      an MCP server
+"""
+group = verb_group(epilog=EPILOG, help="Check an environment: tools that run, over several turns.")
+ENV = typer.Argument(metavar="ENV", help="a world that ships (shop), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND")
+
+
+@group.command("check", cls=Verb)
+def check(
+    env: Annotated[str, ENV],
+    tasks: Annotated[str, typer.Option(metavar="FILE", help="task rows, for an environment that has none")] = "",
+    reward: Annotated[str, typer.Option(metavar="MODULE:OBJECT", help="a function that scores rollouts")] = "",
+    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="tasks per split")] = 20,
+    seed: Annotated[int, typer.Option(metavar="N", help="seed of the tasks and sessions")] = 0,
+    timeout: Annotated[float, typer.Option(metavar="S", help="seconds per call")] = 30.0,
+    as_json: AsJson = False,
+) -> int:
+    """Check schemas, seeds, isolation, the end and the rewards with scripted policies; exit with 1 if a check failed.
+
+    No model is needed. The gold calls, no calls, random calls, one call repeated and a part of the gold calls should
+    earn different rewards; the table shows what each of them earns.
+    """
+    from rich.console import Console
+
+    from rest_rl.cli.terminal import Screen
+    from rest_rl.envs.check import check_environment
+    from rest_rl.envs.guard import Limits
+    from rest_rl.envs.load import load_environment
+
+    screen = Screen(Console(stderr=as_json))
+    environment = load_environment(env, tasks=tasks, reward=reward)
+    with screen.track(f"trying {env}", n * len(environment.splits)) as advance:
+        report = check_environment(environment, number=n, seed=seed, limits=Limits(timeout=timeout), on_task=advance)
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(report), "findings": [found._asdict() for found in report.findings]}))
+    else:
+        for found in report.findings:
+            screen.say(f"{found.status:<11}  {found.name}: {found.text}")
+        header = ("policy", "n", "reward", "spread", "success %")
+        rows = [
+            (name, int(own["n"]), f"{own['reward']:.2f}", f"{own['spread']:.2f}", f"{100 * own['success']:.0f}")
+            for name, own in report.policies.items()
+        ]
+        screen.show_table("what scripted policies earn", header, rows)
+    return int(report.has_failed)
