@@ -12,17 +12,18 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, islice, pairwise
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat, get_format
-from rest_rl.json_spans import parse_bare_value
+from rest_rl.json_spans import parse_bare_value, scan_object
 from rest_rl.objects import UserObject, check_signature, display_name, wrap_user_errors
-from rest_rl.response import Gold, ParsedResponse, ToolCall, check_progress
+from rest_rl.response import Gold, ParsedResponse, Region, Span, ToolCall, check_progress
 
 _Equality = Callable[[Any, Any], bool]
 FindingKind = Literal["format", "unneeded_call", "names", "missing_call", "keys", "missing_argument", "value", "answer"]
@@ -35,6 +36,10 @@ EXAMPLE_GOLDS = (
     Gold((ToolCall("f", {}),)),
     Gold(answer="It rains."),
 )
+
+
+# Later decisions of a response share its last stage, which bounds the time that a hostile response takes.
+MAX_DECISIONS = 64
 
 
 class ScoreFinding(NamedTuple):
@@ -125,8 +130,7 @@ class RewardConfig:
         load_answer_function(self.answer)
 
     def __call__(self, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
-        check_progress(progress)
-        share = self.accuracy_share_start + (self.accuracy_share_end - self.accuracy_share_start) * progress
+        share = self.accuracy_share(progress)
         accuracy, explanation = judgement.accuracy, judgement.explanation
         # An answer was expected, and no call was attempted. The extra finding keeps the sum of the costs at 1 - S_acc.
         if judgement.gold.turn == "answers" and judgement.gold.answer is not None and accuracy == 1:
@@ -135,6 +139,11 @@ class RewardConfig:
                 explanation += (ScoreFinding("answer", f"the answer scores {accuracy:.2f} of 1", 1 - accuracy),)
         total = self.accuracy_scale * accuracy * share + self.format_scale * judgement.format * (1 - share)
         return Reward(total, judgement.format, accuracy, explanation)
+
+    def accuracy_share(self, progress: float) -> float:
+        """Return nu', the share of the accuracy in the reward at this progress."""
+        check_progress(progress)
+        return self.accuracy_share_start + (self.accuracy_share_end - self.accuracy_share_start) * progress
 
     def _answer_score(self, judgement: Judgement, wanted: str) -> float:
         if judgement.truncated:
@@ -344,6 +353,111 @@ def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Sco
         else:
             matched += _call_score(call, partner, points, findings, equal)
     return (names + matched) / points, tuple(findings)
+
+
+def match_calls_by_stage(calls_by_stage: Sequence[Sequence[ToolCall]], gold_calls: Sequence[ToolCall]) -> list[float]:
+    """Return what the calls of each stage of a trajectory add to the S_acc of all calls so far.
+
+    The sum is the S_acc of all calls, in [0, 1]. A superfluous call makes it smaller, so a reward can be negative.
+    Without gold calls the first stage has 1, and the first stage with a call has -1 (0 if it is the same one).
+    """
+    # MatchTIR (arXiv 2601.10712) assigns all calls at once. The reward of a turn then depends on later turns, whose
+    # return-to-go leaves it out, and the credit is biased. These differences depend only on calls up to their stage.
+    gold, made = Gold(tuple(gold_calls)), list[ToolCall]()
+    scores = [0.0]
+    for calls in calls_by_stage:
+        made.extend(calls)
+        scores.append(_score_calls(made, gold))
+    return [after - before for before, after in pairwise(scores)]
+
+
+def _score_calls(calls: Sequence[ToolCall], gold: Gold, text_values: bool = False) -> float:
+    parsed = ParsedResponse(calls=tuple(calls), attempted_call=bool(calls), text_values=text_values)
+    return accuracy_score(parsed, gold)[0]
+
+
+class SplitReward(NamedTuple):
+    """The stages of a response and the reward of each; `rewards` adds up to the response's reward."""
+
+    ends: tuple[int, ...]
+    """Stage k has the characters from `ends[k - 1]` (0 for the first stage) to `ends[k]`."""
+    rewards: tuple[float, ...]
+
+
+def split_reward(
+    judgement: Judgement, format: str | ToolFormat, rule: RewardRule, progress: float, step: float | None = None
+) -> SplitReward:
+    """Split the reward of a response into stages, each of which ends where the response decides a part of S_acc.
+
+    The parts are each tool name and each argument's name and value. The reward of a stage is the change of the reward's
+    accuracy term, for the calls as far as they are decided. The last stage gets the rest: S_format, the score of an
+    answer, unreadable calls. There is only one stage if no part can be located and for rules other than `RewardConfig`.
+    If the format does not write arguments as JSON, they belong to the stage of the next name.
+    """
+    total = apply_reward(rule, judgement, progress, step).total
+    ends, values = list[int](), [0.0]
+    if isinstance(rule, RewardConfig):
+        scale = rule.accuracy_scale * rule.accuracy_share(progress)
+        for end, calls in islice(_find_decisions(judgement, get_format(format)), MAX_DECISIONS):
+            ends.append(end)
+            values.append(scale * _score_calls(calls, judgement.gold, judgement.parsed.text_values))
+    rewards = [after - before for before, after in pairwise([*values, total])]
+    return SplitReward((*ends, len(judgement.text)), tuple(rewards))
+
+
+_UNDECIDED = object()  # equals no gold value
+
+
+def _find_decisions(judgement: Judgement, tool_format: ToolFormat) -> Iterator[tuple[int, list[ToolCall]]]:
+    # The position after each decision, and the calls as far as they are decided there. A position includes one
+    # character after the decided part, because `12` is final only with the comma after it. All of this may depend only
+    # on the text before the position, even if the response breaks later; otherwise the credit is biased.
+    text, last_end = judgement.text, 0
+    decided: list[ToolCall] = []
+    parsed = list(judgement.parsed.calls)
+    for name, arguments in _locate_calls(text, judgement.parsed.well_formed, tool_format):
+        call = ToolCall(text[name.start : name.end], {})
+        decided.append(call)
+        # A name ends with its quote, parenthesis or tag; in mistral_v11, only the arguments show where it ends.
+        name_end = name.end if text[name.end : name.end + 1] in '">(' else arguments.start if arguments else len(text)
+        for end, values in chain([(name_end, {})], _find_arguments(text, arguments)):
+            decided[-1] = ToolCall(call.name, values)
+            if last_end <= end < len(text):
+                last_end = end + 1
+                yield last_end, decided
+        if parsed and parsed[0].name == call.name:
+            decided[-1] = parsed.pop(0)
+
+
+def _locate_calls(text: str, well_formed: bool, tool_format: ToolFormat) -> list[tuple[Span, Span | None]]:
+    # The spans of the name and the arguments of each call, or none if arguments come before names. A block that is never
+    # closed has no spans; therefore we try the format's tags as its end.
+    tails = ("",) if well_formed else ("", *tool_format.tags)
+    parts = [
+        [span for span in tool_format.parse(text + tail).spans if span.region in (Region.NAME, Region.ARGUMENTS)]
+        for tail in tails
+    ]
+    found: list[tuple[Span, Span | None]] = []
+    spans = max(parts, key=len)
+    for span in spans if spans and spans[0].region is Region.NAME else ():
+        if span.region is Region.NAME:
+            found.append((span, None))
+        elif found and found[-1][1] is None:
+            found[-1] = (found[-1][0], span)
+    return found
+
+
+def _find_arguments(text: str, span: Span | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    # The end of each argument's name and value in a JSON object, and the arguments as far as they are decided there.
+    if span is None or not text.startswith("{", span.start):
+        return
+    scan, values = scan_object(text, span.start), dict[str, Any]()
+    for entry in scan.entries:
+        values = {**values, entry.key: _UNDECIDED}
+        yield text.rfind(":", span.start, entry.start), values
+        if scan.end > entry.start:  # otherwise the error is in this value
+            values = {**values, entry.key: entry.value}
+            yield entry.end, values
 
 
 def _name_score(parsed: ParsedResponse, gold: Gold, points: int, findings: list[ScoreFinding]) -> float:
