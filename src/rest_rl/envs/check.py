@@ -229,7 +229,7 @@ def _try_task(environment: Environment, task: Task, seed: int, limits: Limits, f
         if guard.failure:
             found.failures.append(f"task {identity!r}: {guard.failure}")
             return
-        gold = [ToolCall(call["name"], call["arguments"]) for call in guard.read("gold_calls") or []]
+        gold = guard.gold_calls or []
         tools = [tool["function"] for tool in guard.tools]
         found.schemas += [f"{tool['name']} has no description" for tool in tools if not tool.get("description")]
         if not tools:

@@ -75,6 +75,7 @@ class Guard:
         self.messages: list[Message] = []
         self.tools: list[dict[str, Any]] = []
         self.first_state: Any = None
+        self.gold_calls: list[ToolCall] | None = None
         self._session: ToolSession | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True, name=f"session of {environment.name}").start()
@@ -92,6 +93,8 @@ class Guard:
             raise ValueError(f"initial_messages returned {self.messages!r:.100}, expected chat messages")
         self._validators = {tool["function"]["name"]: _make_validator(tool["function"]) for tool in self.tools}
         self.first_state = self._read("state")
+        if (gold := self._read("gold_calls")) is not None:
+            self.gold_calls = [ToolCall(call["name"], call["arguments"]) for call in gold]
 
     def start_calls(self, calls: Sequence[ToolCall]) -> Callable[[], list[Result]]:
         """Start the calls of one turn, one after the other; the returned function waits for their results."""

@@ -71,6 +71,8 @@ class Trajectory:
     """The final reward and its parts."""
     events: Counter[str] = field(default_factory=Counter)
     """What went wrong, by kind."""
+    gold_calls: list[ToolCall] | None = None
+    """The calls that solve the task, if the session has `gold_calls`."""
     states: tuple[Any, Any] = (None, None)
     """The state at the start and at the end, if the session has `state`."""
 
@@ -211,7 +213,7 @@ class Rollouts:
         guard.wait_for_start()
         if guard.failure:
             return False
-        trajectory.messages = list(guard.messages)
+        trajectory.messages, trajectory.gold_calls = list(guard.messages), guard.gold_calls
         text = self.layout.render(make_sample(trajectory.task, guard.messages, guard.tools))
         trajectory.prompt_ids = self._encode(text)
         trajectory.stop = "turn limit"

@@ -20,7 +20,7 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import EntropyMeter, eos_token_ids, generate
 from rest_rl.evaluate.held_out import HeldOutPrompt
 from rest_rl.regions import token_char_lengths
-from rest_rl.response import Gold, ToolCall
+from rest_rl.response import Gold
 from rest_rl.runlog import SILENT, Observer, Row
 from rest_rl.statistics import Outcome, summarize
 from rest_rl.train.prompts import TrainingData
@@ -107,9 +107,8 @@ def _open_task(
         if guard.failure:
             problem = f"the environment {config.env.path} cannot start task {task.get('id', number)!r}: {guard.failure}"
             raise UserError(problem, "a session", f"run rest-rl env check {config.env.path}")
-        calls = guard.read("gold_calls") or []
-        longest = max(calls, key=lambda call: len(json.dumps(call)), default=None)
-        gold = Gold((ToolCall(longest["name"], longest["arguments"]),)) if longest else Gold()
+        longest = max(guard.gold_calls or [], key=lambda call: len(json.dumps(call.arguments)), default=None)
+        gold = Gold((longest,)) if longest else Gold()
         sample = make_sample(task, guard.messages, guard.tools)
         return Prepared(ToolSample(sample.id, sample.messages, sample.tools, gold, None, sample.kind),
                         layout.render(sample), layout.tokenizer)

@@ -44,9 +44,9 @@ class WeightedBatch:
     def token_fields(self, row: int, length: int) -> Row:
         """Return the values of one row, a response of `length` tokens, as fields of responses.jsonl."""
         values = {"weights": self.weights_BT, "entropies": self.entropies_BT, "logps": self.logps_BT}
-        advantages = self.advantages_B[row]
+        own = self.advantages_B[row]
         return {
-            "advantage": round_values(advantages[:length]) if advantages.ndim else round(float(advantages), DECIMALS),
+            **({"advantages": round_values(own[:length])} if own.ndim else {"advantage": round(float(own), DECIMALS)}),
             "regions": self.regions_BT[row, :length].tolist(),
             **{name: round_values(values_BT[row, :length]) for name, values_BT in values.items()},
         }

@@ -28,7 +28,7 @@ from rest_rl.envs.session import Environment, Task
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Benchmark, Conversation, Reply, Request, parse_reply
 from rest_rl.formats import ToolFormat
-from rest_rl.response import Gold, ToolCall
+from rest_rl.response import Gold
 
 
 class EnvironmentTasks(Benchmark):
@@ -109,7 +109,6 @@ class EnvironmentConversation(Conversation):
         self.task, self.guard, self.format, self.layout = task, guard, tool_format, layout
         self.trajectory = Trajectory(task, stop="turn limit")
         self._text = ""
-        self._gold: list[dict[str, Any]] = []
 
     def request(self) -> Request | None:
         turns, limits = self.trajectory.turns, self.guard.limits
@@ -118,8 +117,8 @@ class EnvironmentConversation(Conversation):
         if self.trajectory.stop != "turn limit" or len(turns) >= limits.turns:
             return None
         # The oracle takes the gold calls one by one, then answers.
-        gold = self._gold[len(turns)] if len(turns) < len(self._gold) else None
-        expected = Gold((ToolCall(gold["name"], gold["arguments"]),)) if gold else Gold((), "done")
+        gold = (self.guard.gold_calls or [])[len(turns) : len(turns) + 1]
+        expected = Gold(tuple(gold), None if gold else "done")
         sample = replace(make_sample(self.task, self.trajectory.messages, self.guard.tools), gold=expected)
         return Request(sample, step=len(turns), text=self._text)
 
@@ -129,7 +128,6 @@ class EnvironmentConversation(Conversation):
             self.trajectory.stop = "failed"
             return
         self.trajectory.messages = list(self.guard.messages)
-        self._gold = self.guard.read("gold_calls") or []
         if self.layout:
             self._text = self.layout.render(make_sample(self.task, self.guard.messages, self.guard.tools))
 

@@ -12,11 +12,14 @@ import json
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
 
+from rest_rl.credit import CreditConfig, CreditKind, find_turn_stages, spread_credits, stage_credits
 from rest_rl.envs.rollout import Generated, Rollouts, Trajectory
+from rest_rl.errors import UserError
+from rest_rl.rewards import match_calls_by_stage
 
 
 class EnvironmentTrainer(GRPOTrainer):
@@ -38,7 +41,8 @@ class EnvironmentTrainer(GRPOTrainer):
         self._rows = inputs
         batch = super()._generate_and_score_completions(inputs)
         if self.rollouts is not None and self.credit != "outcome":
-            batch["advantages"] = self._compute_credits(batch["completion_ids"])
+            mask_BT = batch["completion_mask"] * batch["tool_mask"]
+            batch["advantages"] = self._compute_credits(mask_BT).to(batch["advantages"])
         return batch
 
     @property
@@ -71,5 +75,32 @@ class EnvironmentTrainer(GRPOTrainer):
             "trajectory": found,
         }
 
-    def _compute_credits(self, ids_BT: Tensor) -> Tensor:
-        raise NotImplementedError
+    # The credit of each turn, from the rewards of the whole group, which may be spread over processes.
+    def _compute_credits(self, mask_BT: Tensor) -> Tensor:
+        own = [
+            (each.rewards, [turn.state_hash for turn in each.turns] or [None], self._match_gold(each))
+            for each in self._trajectories
+        ]
+        everyone = gather_object(own) if self.accelerator.num_processes > 1 else own
+        group = self.num_generations if cast(Any, self.model).training else self.num_generations_eval
+        config = CreditConfig(cast(CreditKind, self.credit), cast(Any, self.args).gamma)
+        credits: list[list[float]] = []
+        num_stages = num_lone = 0
+        for first in range(0, len(everyone), group):
+            rewards, states, matched = zip(*everyone[first : first + group], strict=True)
+            found = stage_credits(rewards, config, states=states, matched=matched)
+            credits += found.credits
+            num_stages, num_lone = num_stages + found.num_stages, num_lone + found.num_lone
+        mode = "train" if cast(Any, self.model).training else "eval"
+        self._metrics[mode]["env/lone_turns"].append(num_lone / max(1, num_stages))
+        start = self.accelerator.process_index * len(own)
+        return spread_credits(credits[start : start + len(own)], find_turn_stages(mask_BT))
+
+    def _match_gold(self, trajectory: Trajectory) -> list[float]:
+        calls = [turn.calls for turn in trajectory.turns] or [()]
+        if self.credit != "matched":
+            return [0.0] * len(calls)
+        if trajectory.gold_calls is None and trajectory.turns:
+            problem = f"rest.credit is 'matched', but task {trajectory.task.get('id')!r} has no gold_calls()"
+            raise UserError(problem, "sessions that know the calls which solve their task", "choose another rest.credit")
+        return match_calls_by_stage(calls, trajectory.gold_calls or [])
