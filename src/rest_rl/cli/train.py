@@ -18,6 +18,7 @@ TRAIN_EPILOG = """\
 examples:
   rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --dry-run
   rest-rl train --model Qwen/Qwen3-1.7B --data d.train.jsonl --held-out d.test.jsonl --lora 16 --out runs/mine
+  rest-rl train --env my_tools.py:Shop --model Qwen/Qwen3-1.7B     tools that run, over several turns
   rest-rl train run.toml --set rest.preset=grpo --set run.seed=1 --out runs/grpo-1
   rest-rl train --preset tsft --model DIR --data dialogues.jsonl   supervised, 2x weight on calls
   rest-rl train --resume --out runs/mine                           resume after Ctrl-C, a crash or kill -9
@@ -40,6 +41,9 @@ RunFile = Annotated[str | None, typer.Argument(metavar="RUN.toml", help="run fil
 Model = Annotated[str | None, run_option("--model", "DIR_OR_ID", "model.path: model or adapter folder, or hub name")]
 Data = Annotated[str | None, run_option("--data", "FILE", "data.path: dialogues as a file, a folder or a hub dataset")]
 HeldOut = Annotated[str | None, run_option("--held-out", "FILE", "data.held_out: dialogues to evaluate on")]
+Env = Annotated[
+    str | None, run_option("--env", "ENV", "env.path: shop, FILE.py:OBJECT, module:OBJECT or mcp:COMMAND, instead of data")
+]
 PRESET = "rest.preset: rest (the paper's method), rest_live (ours), authors-code (the published code), grpo, sft, ..."
 Preset = Annotated[str | None, run_option("--preset", "P", f"{PRESET}; rest-rl presets lists all")]
 Format = Annotated[
@@ -64,6 +68,7 @@ def train(
     model: Model = None,
     data: Data = None,
     held_out: HeldOut = None,
+    env: Env = None,
     preset: Preset = None,
     tool_format: Format = None,
     lora: Lora = None,
@@ -76,7 +81,7 @@ def train(
     gpus_per_node: Gpus = None,
     print_config: PrintConfig = False,
 ) -> int:
-    """Train a model: your own on your dialogues, or the embedded one in its tool world."""
+    """Train a model: your own on your dialogues or in your environment, or the embedded one in its tool world."""
     from rest_rl.evaluate.origin import resolve_origin
     from rest_rl.train.request import resolve_run  # imports no torch, so mistakes show at once
 
@@ -85,13 +90,13 @@ def train(
     settings = settings_after_dashes(context)
     of_verl = name_verl_options(nodes, gpus_per_node, print_config, settings)  # TRL would ignore these silently
     if context.info_name == "sft":
-        given = any((run, model, data, held_out, preset, tool_format, lora, engine, of_verl, resume, is_dry))
+        given = any((run, model, data, held_out, env, preset, tool_format, lora, engine, of_verl, resume, is_dry))
         preset = preset or supervised_preset(run, overrides, resume=resume, is_given=given)
-    keys = {"model.path": model, "data.path": data, "data.held_out": held_out, "rest.preset": preset}
+    keys = {"model.path": model, "data.path": data, "data.held_out": held_out, "env.path": env, "rest.preset": preset}
     # Later changes win: shorthands, then verl and LoRA, then --set, so that --set can override everything.
     changes = shorthands({**keys, "rest.format": tool_format, "run.engine": engine})
     changes += verl_overrides(nodes, gpus_per_node, settings)
-    changes += lora_overrides(lora, preset, is_own=bool(model or data) and not (run or resume))
+    changes += lora_overrides(lora, preset, is_own=bool(model or data or env) and not (run or resume))
     source: dict[str, Any] = {"run": run, "out": out, "resume": resume, "overrides": [*changes, *overrides]}
     config = resolve_run(**source, is_dry=is_dry or print_config)
     if of_verl and config.run.engine != "verl":

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from jsonschema import Draft202012Validator, SchemaError
@@ -200,11 +201,16 @@ def _error_result(text: str) -> Result:
 
 
 def _make_validator(function: Mapping[str, Any]) -> Any:
-    schema = function.get("parameters") or {}
+    return _make_schema_validator(function["name"], json.dumps(function.get("parameters") or {}))
+
+
+@lru_cache(maxsize=1024)  # checking a schema takes a millisecond, and every session has the same ones
+def _make_schema_validator(name: str, text: str) -> Any:
+    schema = json.loads(text)
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
-        raise ValueError(f"the schema of {function['name']} is invalid: {error.message:.200}") from None
+        raise ValueError(f"the schema of {name} is invalid: {error.message:.200}") from None
     return Draft202012Validator(schema)
 
 

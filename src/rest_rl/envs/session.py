@@ -64,6 +64,8 @@ OPTIONAL_METHODS = {
 }
 
 
+# What an environment may have besides the protocol: `step_rewards` is True if its sessions reward single calls, which
+# makes `return_to_go` the default credit.
 class Environment(Protocol):
     """Makes sessions. A user's environment of any supported kind is adapted to this (`load_environment`)."""
 

@@ -24,6 +24,7 @@ class Shop:
 
     name = "shop"
     splits = shop.SPLITS
+    step_rewards = True
 
     def tasks(self, split: str, seed: int, number: int) -> list[Task]:
         return list(islice(shop.tasks(seed, split), max(number, 0)))

@@ -220,6 +220,7 @@ def make_plan(
 def plan_run(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: bool = False) -> RunPlan:
     if is_new and config.run.engine == "trl":  # verl trains on other machines
         config = with_whole_groups(with_machine_defaults(config, observer), observer)
+    config = with_turn_weights(config)
     has_own_limit = config.trl.get("max_completion_length") != 0
     config, layout = resolve_layout(config, observer)
     rule = None if config.rest.is_supervised else config.rest.resolve().weights
@@ -239,6 +240,17 @@ def plan_run(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: boo
     if not is_dry and config.run.engine == "trl":
         warn_about_memory(plan, observer)
     return plan
+
+
+# With several turns, weights of mean 1 over the whole rollout would let a turn of long reasoning drain the others.
+def with_turn_weights(config: RunConfig) -> RunConfig:
+    """Return a run in an environment with weights normalized per turn, unless it sets `normalization`."""
+    if not config.env.path or "normalization" in config.rest.weights:
+        return config
+    if getattr(config.rest.resolve().weights, "normalization", None) != "response":
+        return config
+    weights = {**config.rest.weights, "normalization": "turn"}
+    return replace(config, rest=replace(config.rest, weights=weights))
 
 
 def change_trl(plan: RunPlan, *, is_dry: bool, **changes: Any) -> RunPlan:

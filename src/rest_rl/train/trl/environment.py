@@ -9,6 +9,7 @@ Shapes: B responses, T completion tokens.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -35,7 +36,9 @@ class EnvironmentTrainer(GRPOTrainer):
         self._trajectories: list[Trajectory] = []
         if rollouts is not None:
             kwargs["rollout_func"] = self._roll_out
-        super().__init__(*args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'")  # experimental in TRL 1.14 to 1.16
+            super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._rows = inputs
