@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from rest_rl.config import ModelTable
+from rest_rl.data.layout import PromptLayout
+from rest_rl.envs.guard import Limits
+from rest_rl.envs.rollout import Generated, Rollouts, derive_seed
+from rest_rl.envs.session import Result
+from rest_rl.errors import UserError
+from rest_rl.formats import FORMATS
+from rest_rl.regions import tag_regions
+from rest_rl.response import Region, ToolCall
+from rest_rl.train.policy import load_policy_tokenizer
+from rest_rl.train.prompts import build_dataset
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
+from tests.live_environment import TEMPLATE, Counter, Hostile, describe
+from tests.tiny_policy import copy_parameters, logged_steps, tiny_model, tiny_settings, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def embedded_tokenizer():
+    return load_policy_tokenizer(ModelTable())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = tiny_tokenizer()
+    made.chat_template = TEMPLATE
+    return made
+
+
+def scripted(tokenizer, texts):
+    """A policy that says one text per turn, the same in every rollout."""
+    turn = iter(texts)
+
+    def generate(prompts, is_first):
+        ids = tokenizer(next(turn), add_special_tokens=False)["input_ids"]
+        return Generated([[*ids, tokenizer.eos_token_id] for _ in prompts])
+
+    return generate
+
+
+def run(environment, layout, texts, *, tasks=({"id": "a", "start": 0},), limits=Limits(), generate=None):
+    rollouts = Rollouts(environment, layout, limits, [layout.tokenizer.eos_token_id], 96)
+    return rollouts.run([(task, 1) for task in tasks], generate or scripted(layout.tokenizer, texts))
+
+
+def split_runs(trajectory):
+    """The runs of sampled tokens, and what is between them."""
+    runs, kinds = [], []
+    for token, kind in zip(trajectory.ids, trajectory.mask, strict=True):
+        if not kinds or kinds[-1] != kind:
+            runs.append([])
+            kinds.append(kind)
+        runs[-1].append(token)
+    return runs, kinds
+
+
+# A trajectory of three turns in every format
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if not name.endswith("+think")])
+def test_three_turns_token_by_token(embedded_tokenizer, name):
+    layout = PromptLayout(embedded_tokenizer, name, context=1024)
+    f = layout.format
+    calls = [(ToolCall("f", {"x": 1}),), (ToolCall("f", {"x": 2}), ToolCall("g", {"x": 1}))]
+    texts = [f.render(None, call, None) for call in calls] + [f.render(None, (), "ok")]
+    (found,) = run(Counter(), layout, texts)
+    runs, kinds = split_runs(found)
+    assert kinds == [1, 0, 1, 0, 1]
+    end = embedded_tokenizer.eos_token
+    assert [embedded_tokenizer.decode(ids) for ids in runs[::2]] == [text + end for text in texts]
+    between = [embedded_tokenizer.decode(ids) for ids in runs[1::2]]
+    assert "1" in between[0]
+    assert "3" in between[1]
+    assert "no tool named g" in between[1]
+    # Appending to the sampled tokens gives the same text as rendering the whole dialogue.
+    if layout.is_native:
+        history = [{key: value for key, value in message.items() if key != "name"} for message in found.messages[:-1]]
+        whole = embedded_tokenizer.apply_chat_template(
+            history, tools=[describe("f", x={"type": "integer", "description": "x"})], tokenize=False,
+            add_generation_prompt=True,
+        )
+        said = embedded_tokenizer.decode(found.ids[: found.turns[-1].start])
+        assert said.replace("<think>  </think>\n", "").endswith(whole.partition("<|im_start|>assistant\n")[2])
+    assert [(turn.start, turn.end) for turn in found.turns] == [
+        (0, len(runs[0])),
+        (len(runs[0]) + len(runs[1]), len(runs[0]) + len(runs[1]) + len(runs[2])),
+        (len(found.ids) - len(runs[4]), len(found.ids)),
+    ]
+    assert [turn.calls for turn in found.turns] == [*calls, ()]
+    assert found.rewards == [0.25, 0.25, 0.5]
+    assert (found.total, found.stop, found.has_succeeded) == (1.0, "answered", True)
+    assert found.events == {"unknown tool": 1, "stop: answered": 1}
+    assert found.states == ({"sum": 0}, {"sum": 3})
+    # Regions are those of each turn for itself.
+    import torch
+
+    ids_BT, mask_BT = torch.tensor([found.ids]), torch.tensor([found.mask])
+    regions = tag_regions(ids_BT, mask_BT, embedded_tokenizer, f)[0].tolist()
+    for turn in found.turns:
+        alone = torch.tensor([found.ids[turn.start : turn.end]])
+        expected = tag_regions(alone, torch.ones_like(alone), embedded_tokenizer, f)[0].tolist()
+        assert regions[turn.start : turn.end] == expected
+    assert Region.NAME in regions[: found.turns[0].end]
+
+
+def test_a_template_without_an_end_is_refused(embedded_tokenizer):
+    changed = load_policy_tokenizer(ModelTable())
+    changed.chat_template = changed.chat_template.replace("<|im_end|>", "")
+    with pytest.raises(UserError):
+        run(Counter(), PromptLayout(changed, "hermes"), ["<tool_call>\n" '{"name": "f", "arguments": {"x": 1}}\n</tool_call>'])
+
+
+# Ends and limits
+
+
+def say(*calls):
+    return "<think> </think>\n<tool_call>\n" + "\n".join(json.dumps(call) for call in calls) + "\n</tool_call>"
+
+
+def call(x=1, name="f"):
+    return {"name": name, "parameters": {"x": x}}
+
+
+@pytest.fixture
+def layout(tokenizer):
+    return PromptLayout(tokenizer, "toolrl")
+
+
+def test_done_ends_the_rollout_and_later_calls_do_not_run(layout):
+    environment = Counter()
+    (found,) = run(environment, layout, [say(call(3), call(1))])
+    assert (found.stop, found.states[1]) == ("done", {"sum": 3})
+    assert [result.error for result in found.turns[0].results] == ["", "call after the end"]
+    assert found.mask == [1] * len(found.ids)  # results that nothing follows are not in the row
+    assert environment.sessions[0].closed or wait_for(lambda: environment.sessions[0].closed)
+
+
+def wait_for(condition):
+    for _ in range(200):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_limits_of_turns_calls_and_tokens(layout):
+    (found,) = run(Counter(), layout, [say(call())] * 3, limits=Limits(turns=3, calls_per_turn=1))
+    assert (found.stop, len(found.turns), found.states[1]) == ("turn limit", 3, {"sum": 3})
+    (found,) = run(Counter(), layout, [say(*[call()] * 10_000)], limits=Limits(turns=1, calls_per_turn=4))
+    assert (found.events["too many calls"], found.states[1]) == (9996, {"sum": 4})
+    # The context leaves room for one response only.
+    context = len(found.prompt_ids) + 96
+    (found,) = run(Counter(), PromptLayout(layout.tokenizer, "toolrl", context=context), [say(call())] * 3)
+    assert (found.stop, len(found.turns)) == ("context", 1)
+
+
+def test_a_response_that_does_not_end_is_truncated(layout):
+    ids = layout.tokenizer(say(call()))["input_ids"]
+    (found,) = run(Counter(), layout, [], generate=lambda prompts, is_first: Generated([ids] * len(prompts)))
+    assert (found.stop, found.turns[0].results, found.states[1]) == ("truncated", [], {"sum": 0})
+
+
+def test_none_is_not_zero(layout):
+    class Unscored(Counter):
+        def open(self, task, seed):
+            session = super().open(task, seed)
+            session.verify = lambda messages: Result()
+            return session
+
+    (found,) = run(Unscored(), layout, ["<think> </think>\n<response> ok </response>"])
+    assert found.rewards == [None]
+    assert found.total is None
+    (found,) = run(Unscored(), layout, [say(call()), "<response> ok </response>"])
+    assert found.rewards == [0.25, None]
+
+
+# A hostile environment and a hostile model
+
+
+def hostile(layout, what, texts=None, **limits):
+    texts = texts or [say(call()), "<think> </think>\n<response> ok </response>"]
+    begin = time.monotonic()
+    (found,) = run(Hostile(), layout, texts, tasks=[{"id": "a", "what": what}], limits=Limits(**limits))
+    return found, time.monotonic() - begin
+
+
+@pytest.mark.parametrize(
+    ("what", "event", "stop", "total"),
+    [
+        ("raises", "exception", "answered", 1.0),
+        ("exits", "exception", "answered", 1.0),
+        ("bad reward", "exception", "answered", 1.0),
+        ("not text", None, "answered", 1.0),
+        ("nothing", None, "answered", 1.0),
+        ("mutates", None, "answered", 1.25),
+        ("never done", None, "answered", 1.0),
+        ("changing tools", None, "answered", 1.25),
+        ("bad verdict", "failed verify", "failed", 0.25),
+        ("bad schema", "failed start", "failed", 0.0),
+        ("bad state", "failed start", "failed", 0.0),
+        ("no start", "failed start", "failed", 0.0),
+    ],
+)
+def test_a_hostile_environment_is_counted_and_survived(layout, what, event, stop, total):
+    found, _ = hostile(layout, what)
+    assert (found.stop, found.total) == (stop, total)
+    assert found.events[event] == (1 if event else 0)
+    assert bool(found.failure) == (stop == "failed")
+    assert not found.has_succeeded or stop == "answered"
+
+
+def test_a_call_that_hangs_fails_its_rollout_in_time(layout):
+    texts = [say(call()), "<think> </think>\n<response> ok </response>"]
+    tasks = [{"id": str(n), "what": "hangs" if n % 2 else "fine"} for n in range(8)]
+    begin = time.monotonic()
+    found = run(Hostile(), layout, texts, tasks=tasks, limits=Limits(timeout=0.3))
+    assert time.monotonic() - begin < 20  # four calls of 30 seconds hang, and they wait at the same time
+    assert [each.stop for each in found] == ["answered", "failed"] * 4
+    assert [each.events["timeout"] for each in found] == [0, 1] * 4
+    assert [each.total for each in found] == [1.25, 0.0] * 4
+
+
+def test_large_results_are_cut_and_say_so(layout):
+    found, _ = hostile(layout, "large", result_tokens=32)
+    (message,) = [message for message in found.messages if message["role"] == "tool"]
+    assert len(message["content"]) < 200
+    assert "10000000 characters" in message["content"]
+
+
+def test_a_result_cannot_end_the_turn(layout):
+    found, _ = hostile(layout, "special tokens")
+    runs, _ = split_runs(found)
+    assert runs[1].count(layout.tokenizer.eos_token_id) == 1  # that of the template, after the result
+
+
+def test_a_hostile_model_is_refused_before_the_tool_runs(layout):
+    deep = '{"name": "f", "parameters": {"x": ' + "[" * 50_000 + "]" * 50_000 + "}}"
+    large = json.dumps({"name": "f", "parameters": {"x": "y" * 5_000_000}})
+    texts = [
+        say(call("1")),  # the schema wants an integer
+        say({"name": "f", "parameters": {}}),
+        say({"name": "rm -rf", "parameters": {}}),
+        f"<think> </think>\n<tool_call>\n{deep}\n</tool_call>",
+        f"<think> </think>\n<tool_call>\n{large}\n</tool_call>",
+        "<think> </think>\n<response> ok </response>",
+    ]
+    environment = Counter()
+    (found,) = run(environment, layout, texts)
+    assert environment.sessions[0].sum == 0
+    assert found.stop == "answered"
+    assert found.events["unknown tool"] == 1
+    assert found.events["bad arguments"] + found.events["unreadable call"] == 4
+    assert all(len(message["content"]) < 1000 for message in found.messages if message["role"] == "tool")
+
+
+def test_sessions_leave_no_threads(layout):
+    before = threading.active_count()
+    run(Counter(), layout, ["<think> </think>\n<response> ok </response>"], tasks=[{"id": n, "start": 0} for n in range(20)])
+    assert wait_for(lambda: threading.active_count() <= before)
+
+
+def test_a_group_shares_its_seed():
+    assert derive_seed(0, "a") == derive_seed(0, "a")
+    assert len({derive_seed(0, "a"), derive_seed(1, "a"), derive_seed(0, "b")}) == 3
+
+
+# Training
+
+
+def task_rows(n=8):
+    rows = [{"id": f"t{k}", "start": 0} for k in range(n)]
+    return build_dataset(
+        {"prompt": row["id"], "id": row["id"], "task": json.dumps(row), "session_seed": derive_seed(0, row["id"])}
+        for row in rows
+    )
+
+
+def total_reward(trajectory, **_):
+    return [each.total for each in trajectory]
+
+
+def make_trainer(tokenizer, folder, environment=None, **changes):
+    layout = PromptLayout(tokenizer, "toolrl", context=256)
+    limits = Limits(turns=3)
+    trainer = ResTTrainer(
+        tiny_model(tokenizer),
+        reward_funcs=total_reward,
+        args=ResTConfig(**tiny_settings(folder, max_completion_length=30, **{"preset": "grpo", **changes})),
+        train_dataset=task_rows(),
+        processing_class=tokenizer,
+        rollouts=Rollouts(environment or Counter(), layout, limits, [tokenizer.eos_token_id], 30),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def test_outcome_with_weights_of_one_is_stock_trl_bit_for_bit(tokenizer, tmp_path):
+    ours = make_trainer(tokenizer, tmp_path / "ours", credit="outcome", share_prompts=False)
+    ours.train()
+    rollouts = Rollouts(Counter(), PromptLayout(tokenizer, "toolrl", context=256), Limits(turns=3), [tokenizer.eos_token_id], 30)
+
+    # TRL gives its rollout function the prompts only; here they are the tasks' ids.
+    def roll_out(prompts, trainer):
+        tasks = [({"id": prompt, "start": 0}, derive_seed(0, prompt)) for prompt in prompts]
+        found = rollouts.run(
+            tasks, lambda ids, is_first: Generated(*trainer._generate_single_turn(ids, None, {}, 4 if is_first else 1))
+        )
+        return {
+            "prompt_ids": [each.prompt_ids for each in found],
+            "completion_ids": [each.ids for each in found],
+            "logprobs": None,
+            "env_mask": [each.mask for each in found],
+            "trajectory": found,
+        }
+
+    stock = GRPOTrainer(
+        tiny_model(tokenizer),
+        reward_funcs=total_reward,
+        args=GRPOConfig(
+            **tiny_settings(
+                tmp_path / "stock", max_completion_length=30, loss_type="grpo", scale_rewards="group",
+                use_bias_correction_kl=False,
+            )
+        ),
+        train_dataset=task_rows(),
+        processing_class=tokenizer,
+        rollout_func=roll_out,
+    )
+    stock.remove_callback(PrinterCallback)
+    stock.train()
+    assert any(row["reward_std"] > 0 for row in logged_steps(stock))
+    for ours_row, stock_row in zip(logged_steps(ours), logged_steps(stock), strict=True):
+        assert {key: ours_row[key] for key in stock_row} == stock_row
+    expected = copy_parameters(stock.model)
+    assert all(value.equal(expected[name]) for name, value in copy_parameters(ours.model).items())
+
+
+def scripted_rollouts(tokenizer, scripts):
+    """Rollouts whose members each follow their own script."""
+
+    class Scripted(Rollouts):
+        def run(self, tasks, generate, **kwargs):
+            turn = [-1] * len(tasks)
+
+            def respond(prompts, is_first):
+                ids = []
+                active = range(len(tasks)) if is_first else [i for i in range(len(tasks)) if len(scripts[i % 4]) > turn[i] + 1]
+                for i in active:
+                    turn[i] += 1
+                    text = scripts[i % 4][turn[i]]
+                    ids.append([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+                assert len(ids) == len(prompts)
+                return Generated(ids)
+
+            return super().run(tasks, respond)
+
+    return Scripted(Counter(), PromptLayout(tokenizer, "toolrl", context=512), Limits(), [tokenizer.eos_token_id], 30)
+
+
+ANSWER = "<think> </think>\n<response> ok </response>"
+SCRIPTS = [
+    [say(call(1)), say(call(1)), ANSWER],  # rewards .25, .25, .5
+    [say(call(1)), ANSWER],  # .25, 0
+    [say(call(3))],  # .75, and done
+    [ANSWER],  # 0
+]
+# Return-to-go minus the mean of the others that reached the turn, by hand:
+# turn 1: returns 1, .25, .75, 0; turn 2: .75 and 0; turn 3 is reached by the first alone: its outcome credit.
+LEAVE_ONE_OUT = [
+    [1 - 1 / 3, 0.75 - 0.0, 1 - 1 / 3],
+    [0.25 - 1.75 / 3, 0.0 - 0.75],
+    [0.75 - 1.25 / 3],
+    [0 - 2 / 3],
+]
+
+
+def test_credit_reaches_the_tokens_of_its_turn(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, credit="return_to_go")
+    trainer.rollouts = scripted_rollouts(tokenizer, SCRIPTS)
+    seen = []
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, *args, **kwargs: (seen.append(inputs), compute(model, inputs, *args, **kwargs))[1]
+    trainer.args.max_steps = 1
+    trainer.train()
+    rows = {}
+    for inputs in seen:
+        for ids, mask, advantages in zip(
+            inputs["completion_ids"], inputs["completion_mask"] * inputs["tool_mask"], inputs["advantages"], strict=True
+        ):
+            rows[tuple(ids.tolist())] = (mask.tolist(), advantages.tolist())
+    assert len(rows) == 4
+    by_turns = sorted((split_credits(*row) for row in rows.values()), key=lambda row: (-len(row), -row[0]))
+    assert by_turns == [pytest.approx(row, abs=1e-6) for row in LEAVE_ONE_OUT]
+
+
+def split_credits(mask, advantages):
+    """The credit of each run of ones; it must be the same for all tokens of a run, and 0 elsewhere."""
+    found, before = [], 0
+    for is_sampled, value in zip(mask, advantages, strict=True):
+        if is_sampled and not before:
+            found.append(value)
+        assert value == (found[-1] if is_sampled else 0.0)
+        before = is_sampled
+    return found
+
+
+def test_resume_in_an_environment_is_bit_identical(tokenizer, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "credit": "return_to_go", "preset": "rest"}
+    whole = make_trainer(tokenizer, tmp_path, **settings)
+    whole.train()
+    resumed = make_trainer(tokenizer, tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logged_steps(resumed) == logged_steps(whole)
+    expected = copy_parameters(whole.model)
+    assert all(value.equal(expected[name]) for name, value in copy_parameters(resumed.model).items())
+
+
+def test_matched_credit_needs_gold_calls(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, Hostile(), credit="matched")
+    trainer.rollouts.environment = type("NoGold", (Counter,), {})()
+    opened = trainer.rollouts.environment.open
+
+    def without_gold(task, seed):
+        session = opened(task, seed)
+        session.gold_calls = None
+        return session
+
+    trainer.rollouts.environment.open = without_gold
+    with pytest.raises(UserError):
+        trainer.train()
