@@ -28,6 +28,8 @@ from rest_rl.runlog import Row, Run
 MISSING_CODE, MAX_CODE = 65535, 65534
 MAX_PIECES, MAX_CHARACTERS, MAX_PROMPT_CHARACTERS = 20_000, 200_000, 40_000
 """Limits for one response and one prompt; the page says how much it leaves out."""
+MAX_CHANGES = 100
+"""Lines of the difference between two states."""
 WORD_PATTERN = re.compile(r"\s{1,40}|\S{1,40}\s?")
 
 Flag = Literal["format", "tool", "missing", "extra", "argument", "unreadable", "truncated", "exact"]
@@ -172,7 +174,48 @@ def pack_response(row: Row, tool_format: ToolFormat | None, golds: StringTable) 
         "m": len(shown.texts),
         "u": int(bool(shown.weights)),
     }
+    if isinstance(row.get("turns"), list):
+        facts |= pack_rollout(row)
     return facts, shown
+
+
+def pack_rollout(row: Row) -> Row:
+    # T turns: [first token, end, reward, credit, mean weight, calls as text, errors]; E why the rollout ended; D the
+    # lines of the difference between the states at its start and end.
+    credits, weights = row.get("advantages"), row.get("weights")
+    turns = []
+    for turn in row["turns"]:
+        start, end = turn.get("start", 0), turn.get("end", 0)
+        own = [values[start:end] if isinstance(values, list) else [] for values in (credits, weights)]
+        means = [round(sum(values) / len(values), 4) if values and all(map(is_number, values)) else None for values in own]
+        credit = round_number(row.get("advantage")) if means[0] is None else means[0]
+        calls = ", ".join(str(call.get("name")) for call in turn.get("calls") or ())
+        errors = [str(result.get("error")) for result in turn.get("results") or () if result.get("error")]
+        turns.append([start, end, round_number(turn.get("reward")), credit, means[1], calls, errors])
+    states = row.get("states")
+    changes = diff_states(*states) if isinstance(states, list) and len(states) == 2 else []
+    flags = ["exact"] if row.get("success") is True else []
+    why = str(row.get("failure") or row.get("stop") or "")
+    return {"T": turns, "E": why, "D": changes[:MAX_CHANGES], "k": [*(["truncated"] * bool(row.get("truncated"))), *flags]}
+
+
+def diff_states(before: Any, after: Any, path: str = "") -> list[str]:
+    """Return what changed between two JSON values, one line for each place: `path: old → new`."""
+    if before == after:
+        return []
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        lines = []
+        for key in dict.fromkeys([*before, *after]):
+            place = f"{path}.{key}".lstrip(".")
+            if key not in before:
+                lines.append(f"{place}: new, {json.dumps(after[key], ensure_ascii=False)[:200]}")
+            elif key not in after:
+                lines.append(f"{place}: removed")
+            else:
+                lines += diff_states(before[key], after[key], place)
+        return lines
+    old, new = (json.dumps(value, ensure_ascii=False)[:200] for value in (before, after))
+    return [f"{path or 'state'}: {old} → {new}"]
 
 
 def round_number(value: Any) -> float | None:

@@ -19,7 +19,7 @@ from rest_rl.envs.session import Environment, Task
 from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import EntropyMeter, eos_token_ids, generate
 from rest_rl.evaluate.held_out import HeldOutPrompt
-from rest_rl.regions import token_char_lengths
+from rest_rl.regions import decode_ids, token_char_lengths
 from rest_rl.response import Gold
 from rest_rl.runlog import SILENT, Observer, Row
 from rest_rl.statistics import Outcome, summarize
@@ -191,11 +191,10 @@ def make_trajectory_row(trajectory: Trajectory, tokenizer: Any, tags: Sequence[s
     ]
     return {
         "prompt": tokenizer.decode(trajectory.prompt_ids),
-        "response": tokenizer.decode(trajectory.ids),
+        "response": decode_ids(trajectory.ids, tokenizer, tags),
         "ids": trajectory.ids,
         "mask": trajectory.mask,
         "turns": turns,
-        "gold": {"calls": []},
         "reward": trajectory.total,
         "success": trajectory.has_succeeded,
         "stop": trajectory.stop,

@@ -35,7 +35,12 @@ function setScales(responses) {
 }
 
 // The factor by which the loss multiplies a token's log-probability: weight times advantage.
-const credit = (response, tokens, i) => (response.A === null ? NaN : tokens.weights[i] * response.A);
+// In a rollout with several turns, every turn has an advantage of its own.
+const turnOf = (response, i) => response.T?.find(([start, end]) => start <= i && i < end);
+const credit = (response, tokens, i) => {
+  const advantage = response.T ? turnOf(response, i)?.[3] : response.A;
+  return typeof advantage === "number" ? tokens.weights[i] * advantage : NaN;
+};
 
 const blended = (hue, strength) => [...hue, Math.min(1, Math.max(0, strength))];
 

@@ -28,6 +28,7 @@ function showDetail() {
     tokenBlock(response),
     make("div", { className: "readout", id: "readout", role: "status" }, "Point at a token, or press ← and →."),
     losses(response),
+    response.D?.length ? make("div", {}, make("h3", {}, "Changes of the state"), make("pre", { className: "target" }, ...passage(response.D.join("\n")))) : "",
     response.g >= 0 ? make("div", {}, make("h3", {}, "Gold turn"), make("pre", { className: "target" }, ...passage(data.golds[response.g]))) : "",
     group(response) ?? "",
     regionTable(response) ?? "",
@@ -36,7 +37,10 @@ function showDetail() {
 }
 
 function figures(response) {
-  const pairs = [["reward", shown(response.R)], ["advantage", signed(response.A)], ["S_format", shown(response.F?.[0])], ["S_acc", shown(response.F?.[1])], [response.u ? "tokens" : "words", String(response.n)]];
+  const scores = response.T
+    ? [["turns", String(response.T.length)], ["end", response.E]]
+    : [["advantage", signed(response.A)], ["S_format", shown(response.F?.[0])], ["S_acc", shown(response.F?.[1])]];
+  const pairs = [["reward", shown(response.R)], ...scores, [response.u ? "tokens" : "words", String(response.n)]];
   return make("dl", { className: "figures" }, ...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
 }
 
@@ -60,7 +64,11 @@ function tokenBlock(response) {
 function appendTokens(block, response, from, count) {
   const tokens = tokensOf(response), to = Math.min(tokens.words.length, from + count);
   const found = matches(response);
-  for (let i = from; i < to; i += 1) block.append(tokenElement(response, tokens, i, found.has(i)));
+  for (let i = from; i < to; i += 1) {
+    const turn = response.T?.findIndex(([start]) => start === i) ?? -1;
+    if (turn >= 0) block.append(turnHeader(response.T[turn], turn));
+    block.append(tokenElement(response, tokens, i, found.has(i)));
+  }
   if (to < tokens.words.length) {
     const more = make("button", { type: "button" }, `Show ${Math.min(count, tokens.words.length - to).toLocaleString("en")} of ${(tokens.words.length - to).toLocaleString("en")} more tokens`);
     more.addEventListener("click", () => {
@@ -73,6 +81,15 @@ function appendTokens(block, response, from, count) {
   }
 }
 
+// The line above a turn of a rollout.
+function turnHeader([, , reward, advantage, weight, calls, errors], number) {
+  const facts = [`turn ${number + 1}`, calls ? `calls ${calls}` : "answers"];
+  if (isNumber(reward)) facts.push(`reward ${shown(reward)}`);
+  if (isNumber(advantage)) facts.push(`credit ${signed(advantage)}`);
+  if (isNumber(weight)) facts.push(`mean weight ${shown(weight)}`);
+  return make("div", { className: "turn" }, ...seen(facts.join(" · ")), errors.length ? make("b", {}, ...seen(` ${errors.join(", ")}`)) : "");
+}
+
 function tokenElement(response, tokens, i, isHit) {
   const text = data.words[tokens.words[i]];
   const element = make("span", { className: isHit ? "t hit" : "t" });
@@ -81,6 +98,10 @@ function tokenElement(response, tokens, i, isHit) {
   if (!text) element.append(make("span", { className: "unseen", title: "token without characters" }, isEnd ? "end" : "·"));
   else element.append(...seen(text.slice(0, LONG_TOKEN)));
   if (text.length > LONG_TOKEN) element.append(make("span", { className: "unseen" }, `… ${(text.length - LONG_TOKEN).toLocaleString("en")} more characters`));
+  if (response.T && !turnOf(response, i)) {
+    element.classList.add("result"); // what a tool returned, and the template around it
+    return element;
+  }
   element.style.backgroundColor = css(colorOf(state.mode, response, tokens, i), state.mode === "region" ? 0.45 : 0.75);
   element.style.borderBottomColor = css([...(regionColors[tokens.regions[i]] ?? GREY), 1]);
   if (tokens.weights[i] === 0) element.classList.add("dropped");
