@@ -104,6 +104,11 @@ FAULTY: list[tuple[str, Columns, str]] = [
     ("exact_match_falls", {"rest/exact_match": line(0.7, 0.4)}, ", while the reward rose "),
     ("format_alone", {"rest/accuracy": line(0.5, 0.5), "rest/exact_match": line(0.4, 0.4)}, "the reward rose "),
     ("no_progress", {"rest/accuracy": line(0.5, 0.5), **STEADY}, "S_acc changed by "),
+    ("rollouts_fail", {"env/stop/failed": constant(0.1)}, "10.0 ± 0.0 % of the rollouts failed"),
+    ("turn_limit_reached", {"env/stop/turn limit": line(0.9, 0.9)}, "90.0 ± "),
+    ("never_calls", {"env/turns": constant(1.0), "rest/call_rate": constant(0.02)}, "2.0 ± 0.0 % of the rollouts call"),
+    ("repeats_itself", {"env/repeated_calls": line(0.6, 0.6)}, "of the calls repeat an earlier call"),
+    ("step_reward_misleads", {"env/step_reward_gap": line(-0.3, -0.3)}, "higher in rollouts that fail"),
 ]
 ALSO_EXPECTED = {"calls_fall": {"no_progress"}, "format_alone": {"no_progress"}}
 """Where accuracy does not rise at all, `no_progress` shows as well."""

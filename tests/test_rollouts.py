@@ -47,8 +47,8 @@ def scripted(tokenizer, texts):
     return generate
 
 
-def run(environment, layout, texts, *, tasks=({"id": "a", "start": 0},), limits=Limits(), generate=None):
-    rollouts = Rollouts(environment, layout, limits, [layout.tokenizer.eos_token_id], 96)
+def run(environment, layout, texts, *, tasks=({"id": "a", "start": 0},), limits=None, generate=None):
+    rollouts = Rollouts(environment, layout, limits or Limits(), [layout.tokenizer.eos_token_id], 96)
     return rollouts.run([(task, 1) for task in tasks], generate or scripted(layout.tokenizer, texts))
 
 
@@ -85,7 +85,9 @@ def test_three_turns_token_by_token(embedded_tokenizer, name):
     if layout.is_native:
         history = [{key: value for key, value in message.items() if key != "name"} for message in found.messages[:-1]]
         whole = embedded_tokenizer.apply_chat_template(
-            history, tools=[describe("f", x={"type": "integer", "description": "x"})], tokenize=False,
+            history,
+            tools=[describe("f", x={"type": "integer", "description": "x"})],
+            tokenize=False,
             add_generation_prompt=True,
         )
         said = embedded_tokenizer.decode(found.ids[: found.turns[-1].start])
@@ -116,7 +118,11 @@ def test_a_template_without_an_end_is_refused(embedded_tokenizer):
     changed = load_policy_tokenizer(ModelTable())
     changed.chat_template = changed.chat_template.replace("<|im_end|>", "")
     with pytest.raises(UserError):
-        run(Counter(), PromptLayout(changed, "hermes"), ["<tool_call>\n" '{"name": "f", "arguments": {"x": 1}}\n</tool_call>'])
+        run(
+            Counter(),
+            PromptLayout(changed, "hermes"),
+            ['<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'],
+        )
 
 
 # Ends and limits
@@ -264,7 +270,12 @@ def test_a_hostile_model_is_refused_before_the_tool_runs(layout):
 
 def test_sessions_leave_no_threads(layout):
     before = threading.active_count()
-    run(Counter(), layout, ["<think> </think>\n<response> ok </response>"], tasks=[{"id": n, "start": 0} for n in range(20)])
+    run(
+        Counter(),
+        layout,
+        ["<think> </think>\n<response> ok </response>"],
+        tasks=[{"id": n, "start": 0} for n in range(20)],
+    )
     assert wait_for(lambda: threading.active_count() <= before)
 
 
@@ -306,7 +317,9 @@ def make_trainer(tokenizer, folder, environment=None, **changes):
 def test_outcome_with_weights_of_one_is_stock_trl_bit_for_bit(tokenizer, tmp_path):
     ours = make_trainer(tokenizer, tmp_path / "ours", credit="outcome", share_prompts=False)
     ours.train()
-    rollouts = Rollouts(Counter(), PromptLayout(tokenizer, "toolrl", context=256), Limits(turns=3), [tokenizer.eos_token_id], 30)
+    rollouts = Rollouts(
+        Counter(), PromptLayout(tokenizer, "toolrl", context=256), Limits(turns=3), [tokenizer.eos_token_id], 30
+    )
 
     # TRL gives its rollout function the prompts only; here they are the tasks' ids.
     def roll_out(prompts, trainer):
@@ -327,7 +340,10 @@ def test_outcome_with_weights_of_one_is_stock_trl_bit_for_bit(tokenizer, tmp_pat
         reward_funcs=total_reward,
         args=GRPOConfig(
             **tiny_settings(
-                tmp_path / "stock", max_completion_length=30, loss_type="grpo", scale_rewards="group",
+                tmp_path / "stock",
+                max_completion_length=30,
+                loss_type="grpo",
+                scale_rewards="group",
                 use_bias_correction_kl=False,
             )
         ),
@@ -353,7 +369,11 @@ def scripted_rollouts(tokenizer, scripts):
 
             def respond(prompts, is_first):
                 ids = []
-                active = range(len(tasks)) if is_first else [i for i in range(len(tasks)) if len(scripts[i % 4]) > turn[i] + 1]
+                active = (
+                    range(len(tasks))
+                    if is_first
+                    else [i for i in range(len(tasks)) if len(scripts[i % 4]) > turn[i] + 1]
+                )
                 for i in active:
                     turn[i] += 1
                     text = scripts[i % 4][turn[i]]
@@ -388,7 +408,10 @@ def test_credit_reaches_the_tokens_of_its_turn(tokenizer, tmp_path):
     trainer.rollouts = scripted_rollouts(tokenizer, SCRIPTS)
     seen = []
     compute = trainer.compute_loss
-    trainer.compute_loss = lambda model, inputs, *args, **kwargs: (seen.append(inputs), compute(model, inputs, *args, **kwargs))[1]
+    trainer.compute_loss = lambda model, inputs, *args, **kwargs: (
+        seen.append(inputs),
+        compute(model, inputs, *args, **kwargs),
+    )[1]
     trainer.args.max_steps = 1
     trainer.train()
     rows = {}

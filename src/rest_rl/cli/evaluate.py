@@ -93,7 +93,9 @@ _add_benchmark(
     "Evaluate on the office's tools: exact match on unseen tools, unseen phrasings and unseen values.",
     "office --model runs/mine",
 )
-ENVIRONMENT = typer.Argument(metavar="ENV", help="a world that ships (shop), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND")
+ENVIRONMENT = typer.Argument(
+    metavar="ENV", help="a world that ships (shop), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND"
+)
 _add_benchmark(
     "env",
     "Evaluate in an environment: whole rollouts over several turns, success, and pass^k over several attempts.",

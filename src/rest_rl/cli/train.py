@@ -42,7 +42,8 @@ Model = Annotated[str | None, run_option("--model", "DIR_OR_ID", "model.path: mo
 Data = Annotated[str | None, run_option("--data", "FILE", "data.path: dialogues as a file, a folder or a hub dataset")]
 HeldOut = Annotated[str | None, run_option("--held-out", "FILE", "data.held_out: dialogues to evaluate on")]
 Env = Annotated[
-    str | None, run_option("--env", "ENV", "env.path: shop, FILE.py:OBJECT, module:OBJECT or mcp:COMMAND, instead of data")
+    str | None,
+    run_option("--env", "ENV", "env.path: shop, FILE.py:OBJECT, module:OBJECT or mcp:COMMAND, instead of data"),
 ]
 PRESET = "rest.preset: rest (the paper's method), rest_live (ours), authors-code (the published code), grpo, sft, ..."
 Preset = Annotated[str | None, run_option("--preset", "P", f"{PRESET}; rest-rl presets lists all")]

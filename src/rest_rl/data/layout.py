@@ -113,9 +113,7 @@ class PromptLayout:
                     remedy="complete the row (tools need name, description and parameters)",
                 ) from error
 
-    def render_results(
-        self, names: Sequence[str], results: Sequence[Mapping[str, Any]], ends: Collection[str]
-    ) -> str:
+    def render_results(self, names: Sequence[str], results: Sequence[Mapping[str, Any]], ends: Collection[str]) -> str:
         """Return the text between a response, which ended with one of `ends`, and the start of the next response.
 
         It contains the results of the response's calls of the tools `names`, given as tool messages. A rollout appends
@@ -124,7 +122,11 @@ class PromptLayout:
         Raises:
             UserError: The template fails on results, or changes the text before them.
         """
-        said = {"role": "assistant", "content": "", "tool_calls": [to_message_call(ToolCall(name, {})) for name in names]}
+        said = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [to_message_call(ToolCall(name, {})) for name in names],
+        }
         probes = [{**result, "content": PROBE_RESULT} for result in results]
         marked, text = (self._render_messages([PROBE_MESSAGE, said, *map(dict, after)]) for after in (probes, results))
         place = marked.find(PROBE_RESULT)

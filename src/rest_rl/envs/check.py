@@ -260,7 +260,11 @@ def _compare_sessions(
     with closing(acting), closing(waiting):
         for guard in (acting, waiting):
             guard.wait_for_start()
-        if (acting.messages, acting.tools, acting.first_state) != (waiting.messages, waiting.tools, waiting.first_state):
+        if (acting.messages, acting.tools, acting.first_state) != (
+            waiting.messages,
+            waiting.tools,
+            waiting.first_state,
+        ):
             found.changed.append(f"task {identity!r}: two sessions start differently")
         for call in calls:
             acting.start_calls([call])()
@@ -302,7 +306,9 @@ def run_calls(guard: Guard, calls: Sequence[ToolCall], earlier: Sequence[Result]
                 break
             results += guard.start_calls([call])()
             function = {"name": call.name, "arguments": dict(call.arguments)}
-            messages.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]})
+            messages.append(
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+            )
             messages.append({"role": "tool", "name": call.name, "content": results[-1].text})
         seconds = time.perf_counter() - begin
         messages.append({"role": "assistant", "content": "done"})
@@ -332,7 +338,11 @@ def random_value(rng: random.Random, schema: Any, depth: int = 0) -> Any:
     kind = rng.choice(kind) if isinstance(kind, list) else kind
     if kind == "object":
         required = schema.get("required") or ()
-        chosen = {name: own for name, own in (schema.get("properties") or {}).items() if name in required or rng.random() < 0.5}
+        chosen = {
+            name: own
+            for name, own in (schema.get("properties") or {}).items()
+            if name in required or rng.random() < 0.5
+        }
         return {name: random_value(rng, own, depth + 1) for name, own in chosen.items()}
     if kind == "array":
         return [random_value(rng, schema.get("items") or {}, depth + 1) for _ in range(rng.randint(1, 2))]

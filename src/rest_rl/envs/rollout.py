@@ -21,7 +21,7 @@ from rest_rl.regions import decode_ids
 from rest_rl.response import Gold, ParsedResponse, ToolCall
 
 Stop = Literal["answered", "done", "turn limit", "truncated", "context", "failed"]
-"""Why a rollout ended: the policy answered without a call, the session said so, a limit, or the session failed."""
+"""Why a rollout ended: the policy answered without a call, the session ended it, a limit, or the session failed."""
 
 
 class Generated(NamedTuple):
@@ -170,7 +170,12 @@ class Rollouts:
     """Runs tasks of an environment with one policy's tokenizer, prompt layout and stop tokens."""
 
     def __init__(
-        self, environment: Environment, layout: PromptLayout, limits: Limits, ends: Collection[int], response_tokens: int
+        self,
+        environment: Environment,
+        layout: PromptLayout,
+        limits: Limits,
+        ends: Collection[int],
+        response_tokens: int,
     ) -> None:
         self.environment, self.layout, self.limits = environment, layout, limits
         self.ends, self.response_tokens = frozenset(ends), response_tokens

@@ -23,7 +23,17 @@ BATCH_SIZE, VLLM_BATCH_SIZE, BFCL_BATCH_SIZE = 16, 256, 64
 MODEL_OPTIONS = ("changes", "context", "max_new_tokens", "tokenizer", "requests_per_minute", "extra_body")
 SERVER_OPTIONS = ("tokenizer", "requests_per_minute", "extra_body")
 CHECKPOINT_OPTIONS = ("vllm", "batch_size")
-POSITIVE_FIELDS = ("attempts", "turns", "max_new_tokens", "batch_size", "concurrency", "limit", "requests_per_minute", "prompts", "timeout")
+POSITIVE_FIELDS = (
+    "attempts",
+    "turns",
+    "max_new_tokens",
+    "batch_size",
+    "concurrency",
+    "limit",
+    "requests_per_minute",
+    "prompts",
+    "timeout",
+)
 BENCHMARK_PANEL, MODEL_PANEL, PROMPT_PANEL = "Benchmark", "Model", "Prompt and generation"
 SERVER_PANEL, SAMPLES_PANEL, OUTPUT_PANEL = "Server", "Samples", "Output"
 MODEL_HELP = "run folder, model or adapter folder, hub name, or the server's model (tool-world: the embedded model)"
@@ -97,7 +107,9 @@ class EvalRequest:
     )
     env: str = field(default="")
     """The environment of the benchmark `env`, as in `env.path`."""
-    tasks: str | None = _option(None, BENCHMARK_PANEL, "task rows of an environment without any", "FILE", only_for=("env",))
+    tasks: str | None = _option(
+        None, BENCHMARK_PANEL, "task rows of an environment without any", "FILE", only_for=("env",)
+    )
     reward: str | None = _option(
         None, BENCHMARK_PANEL, "a function that scores rollouts", "MODULE:OBJECT", only_for=("env",)
     )

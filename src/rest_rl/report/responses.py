@@ -187,7 +187,9 @@ def pack_rollout(row: Row) -> Row:
     for turn in row["turns"]:
         start, end = turn.get("start", 0), turn.get("end", 0)
         own = [values[start:end] if isinstance(values, list) else [] for values in (credits, weights)]
-        means = [round(sum(values) / len(values), 4) if values and all(map(is_number, values)) else None for values in own]
+        means = [
+            round(sum(values) / len(values), 4) if values and all(map(is_number, values)) else None for values in own
+        ]
         credit = round_number(row.get("advantage")) if means[0] is None else means[0]
         calls = ", ".join(str(call.get("name")) for call in turn.get("calls") or ())
         errors = [str(result.get("error")) for result in turn.get("results") or () if result.get("error")]
@@ -196,7 +198,12 @@ def pack_rollout(row: Row) -> Row:
     changes = diff_states(*states) if isinstance(states, list) and len(states) == 2 else []
     flags = ["exact"] if row.get("success") is True else []
     why = str(row.get("failure") or row.get("stop") or "")
-    return {"T": turns, "E": why, "D": changes[:MAX_CHANGES], "k": [*(["truncated"] * bool(row.get("truncated"))), *flags]}
+    return {
+        "T": turns,
+        "E": why,
+        "D": changes[:MAX_CHANGES],
+        "k": [*(["truncated"] * bool(row.get("truncated"))), *flags],
+    }
 
 
 def diff_states(before: Any, after: Any, path: str = "") -> list[str]:

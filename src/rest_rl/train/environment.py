@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rest_rl.config import EvalTable, RunConfig
+from rest_rl.config import RunConfig
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared
 from rest_rl.data.samples import ToolSample
@@ -98,9 +98,7 @@ def _prepare_tasks(
     return samples
 
 
-def _open_task(
-    task: Task, environment: Environment, config: RunConfig, layout: PromptLayout, number: int
-) -> Prepared:
+def _open_task(task: Task, environment: Environment, config: RunConfig, layout: PromptLayout, number: int) -> Prepared:
     guard = Guard(environment, task, derive_seed(config.run.seed, task.get("id", number)), make_limits(config))
     try:
         guard.wait_for_start()
@@ -110,8 +108,11 @@ def _open_task(
         longest = max(guard.gold_calls or [], key=lambda call: len(json.dumps(call.arguments)), default=None)
         gold = Gold((longest,)) if longest else Gold()
         sample = make_sample(task, guard.messages, guard.tools)
-        return Prepared(ToolSample(sample.id, sample.messages, sample.tools, gold, None, sample.kind),
-                        layout.render(sample), layout.tokenizer)
+        return Prepared(
+            ToolSample(sample.id, sample.messages, sample.tools, gold, None, sample.kind),
+            layout.render(sample),
+            layout.tokenizer,
+        )
     finally:
         guard.close()
 
@@ -121,8 +122,13 @@ def make_rows(data: EnvironmentData, seed: int) -> Iterable[Row]:
     for each in data.prepared:
         sample = each.sample
         task = sample.messages[0]["content"]
-        yield {"prompt": sample.id, "id": sample.id, "kind": sample.kind, "task": task,
-               "session_seed": derive_seed(seed, sample.id)}
+        yield {
+            "prompt": sample.id,
+            "id": sample.id,
+            "kind": sample.kind,
+            "task": task,
+            "session_seed": derive_seed(seed, sample.id),
+        }
 
 
 def make_environment_reward(
@@ -130,8 +136,9 @@ def make_environment_reward(
 ) -> Callable[..., list[float | None]]:
     """Return the reward function for TRL: the total reward of each trajectory, None if nothing was scored.
 
-    It logs env/success, env/reward, env/turns, env/calls, env/part/<name>, env/error/<kind> per rollout and
-    env/stop/<why>, and the success rate as rest/exact_match too, which all reports show.
+    It logs env/success, env/reward, env/turns, env/calls, env/part/<name> and env/error/<kind> per rollout,
+    env/stop/<why>, env/repeated_calls (share of the calls), env/step_reward_gap (successes minus failures), and the
+    success rate as rest/exact_match too, which all reports show.
     """
 
     def environment_reward(
@@ -147,8 +154,14 @@ def make_environment_reward(
         if record is not None and trainer_state is not None:
             step, progress = trainer_state.global_step + 1, compute_progress(trainer_state, progress_steps)
             record.add_scored(
-                (lambda each=each, name=name: {
-                    "step": step, "progress": progress, "id": name, **make_trajectory_row(each, tokenizer, tags)})
+                (
+                    lambda each=each, name=name: {
+                        "step": step,
+                        "progress": progress,
+                        "id": name,
+                        **make_trajectory_row(each, tokenizer, tags),
+                    }
+                )
                 for each, name in zip(trajectory, id, strict=True)
             )
         return totals
@@ -170,10 +183,22 @@ def compute_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         for part, value in (each.verdict.parts if each.verdict else {}).items():
             sums[f"env/part/{part}"] += value
     metrics = {name: total / n for name, total in sums.items()}
+    if sums["env/calls"]:
+        metrics["env/repeated_calls"] = sum(map(count_repeated_calls, trajectories)) / sums["env/calls"]
+    steps = [(each.has_succeeded, sum(turn.reward or 0.0 for turn in each.turns)) for each in trajectories]
+    good, bad = ([reward for success, reward in steps if success is wanted] for wanted in (True, False))
+    if good and bad:
+        metrics["env/step_reward_gap"] = sum(good) / len(good) - sum(bad) / len(bad)
     metrics["rest/exact_match"] = metrics["env/success"]
     if rewards:
         metrics["env/reward"] = sum(rewards) / len(rewards)
     return metrics
+
+
+def count_repeated_calls(trajectory: Trajectory) -> int:
+    """Return how many calls of a rollout have the same name and arguments as an earlier one."""
+    calls = [repr((call.name, sorted(call.arguments.items()))) for turn in trajectory.turns for call in turn.calls]
+    return len(calls) - len(set(calls))
 
 
 def make_trajectory_row(trajectory: Trajectory, tokenizer: Any, tags: Sequence[str]) -> Row:
@@ -183,8 +208,9 @@ def make_trajectory_row(trajectory: Trajectory, tokenizer: Any, tags: Sequence[s
             "start": turn.start,
             "end": turn.end,
             "calls": [{"name": call.name, "arguments": dict(call.arguments)} for call in turn.calls],
-            "results": [{"text": result.text[:2000], "reward": result.reward, "error": result.error}
-                        for result in turn.results],
+            "results": [
+                {"text": result.text[:2000], "reward": result.reward, "error": result.error} for result in turn.results
+            ],
             "reward": reward,
         }
         for turn, reward in zip(trajectory.turns, trajectory.rewards, strict=False)

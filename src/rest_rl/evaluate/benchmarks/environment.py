@@ -154,7 +154,9 @@ class EnvironmentConversation(Conversation):
 
     def record(self) -> Mapping[str, Any]:
         trajectory = self.trajectory
-        calls = [{"name": call.name, "arguments": dict(call.arguments)} for turn in trajectory.turns for call in turn.calls]
+        calls = [
+            {"name": call.name, "arguments": dict(call.arguments)} for turn in trajectory.turns for call in turn.calls
+        ]
         return {
             "response": trajectory.turns[-1].text if trajectory.turns else "",
             "calls": calls,

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rest_rl.report.diagnosis.findings import Finding
 from rest_rl.report.diagnosis.history import History, SecondMoment, step_of
 from rest_rl.report.diagnosis.settings import DiagnosisSettings
-from rest_rl.report.diagnosis.symptoms import SYMPTOMS, Finding
+from rest_rl.report.diagnosis.symptoms import SYMPTOMS
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
+from rest_rl.report.diagnosis.findings import Symptom, format_change, format_percent, format_steps
 from rest_rl.report.diagnosis.history import WINDOW, History, WindowMean, has_finite_square
+from rest_rl.report.diagnosis.rollouts import ROLLOUT_SYMPTOMS
 from rest_rl.report.diagnosis.settings import CURRICULUM_FIELDS, DiagnosisSettings
 
 # Losing this share of the initial entropy is a collapse: the rest can buy a ninth of the reward gained so far.
@@ -33,27 +34,6 @@ FP16_WARMUP_STEPS = 16
 # never end. With a constant chance of ending at every token, the average is 0.31 of the limit if most groups have one
 # truncated response, and higher if they have more.
 ENDED_LENGTH_SHARE = 0.25
-
-
-class Finding(NamedTuple):
-    """One problem of a run, first observed at step `step` and most recently at step `last`."""
-
-    kind: str
-    """A key of SYMPTOMS; docs/diagnosis.md has a section on each."""
-    figure: str
-    """What the metrics show."""
-    cause: str
-    remedy: str
-    step: int
-    last: int
-
-
-class Symptom(NamedTuple):
-    """What the metrics show, the likely cause and the remedy."""
-
-    figure: str
-    cause: str
-    remedy: str
 
 
 def not_finite(history: History, settings: DiagnosisSettings) -> Symptom | None:
@@ -373,6 +353,7 @@ SYMPTOMS: Mapping[str, Callable[[History, DiagnosisSettings], Symptom | None]] =
         held_out_falls,
         format_alone,
         no_progress,
+        *ROLLOUT_SYMPTOMS,
     )
 }
 """The symptoms by kind of finding, in the order in which they are checked."""
@@ -460,18 +441,3 @@ def explain_truncation(history: History, settings: DiagnosisSettings) -> tuple[s
         "the limit is shorter than the responses need to be, and a truncated response violates the format",
         f"raise trl.max_completion_length{f' (now {limit})' if limit else ''}",
     )
-
-
-# Formatting
-
-
-def format_percent(mean: WindowMean) -> str:
-    return f"{100 * mean.value:.1f} ± {100 * mean.error:.1f} %"
-
-
-def format_change(before: WindowMean, now: WindowMean) -> str:
-    return f"{format_percent(before)} → {format_percent(now)} ({format_steps(before)} → {format_steps(now)})"
-
-
-def format_steps(mean: WindowMean) -> str:
-    return f"steps {mean.first}-{mean.last}"

@@ -105,5 +105,7 @@ class EnvironmentTrainer(GRPOTrainer):
             return [0.0] * len(calls)
         if trajectory.gold_calls is None and trajectory.turns:
             problem = f"rest.credit is 'matched', but task {trajectory.task.get('id')!r} has no gold_calls()"
-            raise UserError(problem, "sessions that know the calls which solve their task", "choose another rest.credit")
+            raise UserError(
+                problem, "sessions that know the calls which solve their task", "choose another rest.credit"
+            )
         return match_calls_by_stage(calls, trajectory.gold_calls or [])
