@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scipy.stats import binomtest, false_discovery_control, norm
+from scipy.stats import binomtest, false_discovery_control, mannwhitneyu, norm
 
 from rest_rl.errors import UserError
 from rest_rl.response import TURNS, Turn
@@ -108,6 +108,20 @@ def weighted_mean(parts: Iterable[tuple[float, Interval]]) -> Interval:
     below, above = (math.hypot(*(weight * (part[i] - part.value) for weight, part in pairs)) / total for i in (1, 2))
     # In exact arithmetic the mean of the limits bounds the interval anyway; here rounding could pass 0 or 1.
     return Interval(value, max(least, value - below), min(most, value + above))
+
+
+MIN_AUC_CASES = 5
+
+
+def compute_auc(rows: Sequence[tuple[float, bool]]) -> float | None:
+    """Return the probability that a success has the higher value than a failure, where ties count half.
+
+    This is the area under the ROC curve of the values as predictors of success. None with fewer than five of either.
+    """
+    good, bad = ([value for value, success in rows if success is wanted] for wanted in (True, False))
+    if min(len(good), len(bad)) < MIN_AUC_CASES:
+        return None
+    return float(mannwhitneyu(good, bad).statistic) / (len(good) * len(bad))
 
 
 def check_counts(part: int, whole: int) -> None:

@@ -15,12 +15,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from scipy.stats import mannwhitneyu
-
 from rest_rl.envs.guard import Guard, Limits
 from rest_rl.envs.rollout import add_rewards, derive_seed
 from rest_rl.envs.session import Environment, Message, Result, Task
 from rest_rl.response import ToolCall
+from rest_rl.statistics import compute_auc
 
 CALLS = 6
 """Calls of the policies `random` and `repeat`."""
@@ -28,9 +27,6 @@ PARTIAL_ROLLOUTS = 3
 """Rollouts of the policy `partial` per task."""
 MISLEADING_AUC = 0.4
 """A step reward that predicts success worse than this points the wrong way; 0.5 is chance."""
-
-MIN_ROLLOUTS = 5
-"""Successes and failures that an AUC needs."""
 
 Status = Literal["ok", "warning", "failed", "not checked"]
 
@@ -175,19 +171,21 @@ class _Measurements:
         return findings
 
     def _judge_step_rewards(self, every: Sequence[Rollout]) -> list[Finding]:
-        rows: dict[str, list[tuple[float, bool]]] = {}
-        is_rewarded = False
-        for rollout in every:
-            sums: dict[str, float] = {}
-            for call, result in zip(rollout.calls, rollout.results, strict=False):
-                is_rewarded = is_rewarded or result.reward is not None
-                sums[call.name] = sums.get(call.name, 0.0) + (result.reward or 0.0)
-            for name, total in {**sums, "all calls": sum(sums.values())}.items():
-                rows.setdefault(name, []).append((total, rollout.success))
+        # A tool that a rollout does not call earns 0 there.
+        names = {call.name for rollout in every for call in rollout.calls}
+        earned = [_sum_by_tool(rollout) for rollout in every]
+        is_rewarded = any(result.reward is not None for rollout in every for result in rollout.results)
         if not is_rewarded:
             return [Finding("step rewards", "not checked", "no call is rewarded")]
-        found = {name: auc for name, own in rows.items() if (auc := compute_auc(own)) is not None}
-        wrong = [f"{name} {auc:.2f}" for name, auc in sorted(found.items()) if auc < MISLEADING_AUC]
+        successes = [rollout.success for rollout in every]
+        values = {"all calls": [sum(sums.values()) for sums in earned]}
+        values |= {name: [sums.get(name, 0.0) for sums in earned] for name in sorted(names)}
+        found = {
+            name: auc
+            for name, own in values.items()
+            if (auc := compute_auc(list(zip(own, successes, strict=True)))) is not None
+        }
+        wrong = [f"{name} {auc:.2f}" for name, auc in found.items() if auc < MISLEADING_AUC]
         if wrong:
             text = f"point away from success (AUC, chance is 0.5): {', '.join(wrong)}"
             return [Finding("step rewards", "warning", text)]
@@ -196,24 +194,18 @@ class _Measurements:
         return [Finding("step rewards", "ok", f"their sum predicts success with an AUC of {found['all calls']:.2f}")]
 
 
+def _sum_by_tool(rollout: Rollout) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for call, result in zip(rollout.calls, rollout.results, strict=False):
+        sums[call.name] = sums.get(call.name, 0.0) + (result.reward or 0.0)
+    return sums
+
+
 def _list_problems(name: str, problems: Sequence[str], fine: str, status: Status = "failed") -> Finding:
     if not problems:
         return Finding(name, "ok", fine)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return Finding(name, status, problems[0] + more)
-
-
-def compute_auc(rows: Sequence[tuple[float, bool]]) -> float | None:
-    """Return the probability that a success has the higher value than a failure; None with too few of either.
-
-    Ties count half.
-
-    This is the area under the ROC curve of a step reward as a predictor of success.
-    """
-    good, bad = ([value for value, success in rows if success is wanted] for wanted in (True, False))
-    if min(len(good), len(bad)) < MIN_ROLLOUTS:
-        return None
-    return float(mannwhitneyu(good, bad).statistic) / (len(good) * len(bad))
 
 
 def _try_task(environment: Environment, task: Task, seed: int, limits: Limits, found: _Measurements) -> None:

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import rest_rl
+from rest_rl.data.layout import PromptLayout
+from rest_rl.envs.guard import Limits
+from rest_rl.envs.shop import Shop
+from rest_rl.evaluate.benchmarks.environment import EnvironmentTasks, compute_pass_hat
+from rest_rl.evaluate.conversation import Model, Reply
+from tests.live_environment import TEMPLATE, Counter
+from tests.tiny_policy import tiny_tokenizer
+
+
+class Scripted(Model):
+    """Says one text per turn and keeps the requests."""
+
+    batch_size = 4
+
+    def __init__(self, texts):
+        self.texts, self.requests = texts, []
+
+    def respond(self, requests):
+        self.requests += requests
+        return [Reply(self.texts[request.step]) for request in requests]
+
+
+def call(x):
+    return '<think> a </think>\n<tool_call>\n{"name": "f", "parameters": {"x": %d}}\n</tool_call>' % x
+
+
+ANSWER = "<think> a </think>\n<response> ok </response>"
+
+
+def evaluate(texts, tmp_path, **settings):
+    benchmark = EnvironmentTasks(Counter(), seed=0, prompts=3, **settings)
+    model = Scripted(texts)
+    result = rest_rl.evaluate(benchmark, model, format="toolrl", out=str(tmp_path / "eval"))
+    return result, model
+
+
+def test_a_rollout_by_hand(tmp_path):
+    result, model = evaluate([call(1), call(2), ANSWER], tmp_path)
+    row = result.rows[0]
+    assert (row["id"], row["correct"], row["reward"], row["stop"], row["turns"]) == (
+        "test/test-0#0",
+        True,
+        1.0,
+        "answered",
+        3,
+    )
+    assert [call["arguments"]["x"] for call in row["calls"]] == [1, 2]
+    assert row["parts"] == {"success": 1.0}
+    assert result.summary["rollouts"] == {
+        "reward": 1.0,
+        "turns": 3.0,
+        "call_count": 2.0,
+        "ends": {"answered": 3},
+        "errors": {},
+    }
+    roles = [message["role"] for message in model.requests[-1].sample.messages]
+    assert roles == ["user", "assistant", "tool", "assistant", "tool"]
+    assert result.scores()["overall"].correct == 3
+
+
+def test_failures_errors_and_the_turn_limit(tmp_path):
+    result, _ = evaluate([call(0)] * 2, tmp_path, limits=Limits(turns=2))
+    assert [row["stop"] for row in result.rows] == ["turn limit"] * 3
+    assert result.scores()["overall"].correct == 0
+    result, _ = evaluate(['<tool_call>\n{"name": "g", "parameters": {}}\n</tool_call>', ANSWER], tmp_path / "2")
+    assert result.summary["rollouts"]["errors"] == {"unknown tool": 3}
+
+
+def test_a_model_that_renders_its_prompts_continues_its_own_text(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    layout = PromptLayout(tokenizer, "toolrl")
+    _, model = evaluate([call(1), ANSWER], tmp_path, layout=layout)
+    first, second = model.requests[0].text, model.requests[-1].text
+    assert second == f"{first}{call(1)}<|im_end|>tool:1<|im_end|>assistant:"  # with its thought
+
+
+def test_pass_hat_by_hand():
+    # task a: 2 of 3, task b: 3 of 3
+    rows = [
+        {"id": f"{task}#{n}", "correct": right}
+        for task, own in (("a", (1, 0, 1)), ("b", (1, 1, 1)))
+        for n, right in enumerate(own)
+    ]
+    found = compute_pass_hat(rows, 3)
+    assert [found[f"k={k}"]["value"] for k in (1, 2, 3)] == pytest.approx([5 / 6, (1 / 3 + 1) / 2, 1 / 2])
+    # mean 1/2 of 0 and 1: standard deviation sqrt(1/2), error 1/2
+    assert (found["k=3"]["low"], found["k=3"]["high"]) == (0.0, 1.0)
+    assert found["k=1"]["high"] - found["k=1"]["low"] == pytest.approx(1 - (5 / 6 - 1.96 / 6))
+
+
+def test_the_oracle_solves_the_shop_and_resumes(tmp_path):
+    benchmark = EnvironmentTasks(Shop(), seed=1, prompts=4, attempts=2)
+    result = rest_rl.evaluate(benchmark, oracle=True, format="toolrl", out=str(tmp_path / "oracle"))
+    assert result.scores()["overall"].correct == len(benchmark.groups) == 16
+    assert result.summary["pass_hat"]["k=2"]["value"] == 1.0
+    lines = (tmp_path / "oracle" / "samples.jsonl").read_text().splitlines()
+    (tmp_path / "oracle" / "samples.jsonl").write_text("\n".join(lines[:5]) + "\n")
+    again = rest_rl.evaluate(benchmark, oracle=True, format="toolrl", out=str(tmp_path / "oracle"), resume=True)
+    assert [json.dumps(row) for row in again.rows] == [json.dumps(row) for row in result.rows]
