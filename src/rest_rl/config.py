@@ -394,7 +394,7 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
         overrides = list(overrides)
         requested = apply_overrides({}, overrides)
         # The tool world's settings do not suit your own model or data, so such runs start from other defaults.
-        is_own = any("path" in requested.get(table, {}) for table in ("model", "data"))
+        is_own = any("path" in requested.get(table, {}) for table in ("model", "data", "env"))
         is_supervised = requested.get("rest", {}).get("preset") in SUPERVISED
         name = "own_model_sft.toml" if is_supervised else "own_model.toml" if is_own else "tool_world.toml"
         return RunConfig.from_toml(read_asset(name), overrides, origin="the embedded run")

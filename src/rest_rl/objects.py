@@ -78,6 +78,26 @@ def find_address(found: object) -> str | None:
     return None
 
 
+def describe_address(found: Any, what: str) -> str:
+    """Return the address by which `load_object` finds an object again; a text is an address already.
+
+    An object of the script that is running gets the address FILE.py:OBJECT.
+
+    Raises:
+        UserError: The object is not an attribute of a module, so a run could not be resumed.
+    """
+    if isinstance(found, str):
+        return found
+    if address := find_address(found):
+        return address
+    script = sys.modules["__main__"]
+    name = next((name for name, value in vars(script).items() if value is found), None)
+    if name is None or not getattr(script, "__file__", None):
+        problem = f"{what} of type {type(found).__name__} is not an attribute of a module, so a run cannot record it"
+        raise UserError(problem, "package.module:OBJECT", "define it at the top level of a file")
+    return f"{Path(str(script.__file__)).resolve()}:{name}"
+
+
 def check_signature(function: Callable[..., Any], what: str, *parameters: str) -> None:
     """Raise a UserError if a user's function cannot be called with these positional parameters."""
     try:

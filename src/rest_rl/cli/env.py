@@ -43,7 +43,7 @@ def check(
     from rest_rl.envs.load import load_environment
 
     screen = Screen(Console(stderr=as_json))
-    environment = load_environment(env, tasks=tasks, reward=reward)
+    environment = load_environment(env, tasks=tasks or None, reward=reward or None)
     with screen.track(f"trying {env}", n * len(environment.splits)) as advance:
         report = check_environment(environment, number=n, seed=seed, limits=Limits(timeout=timeout), on_task=advance)
     if as_json:

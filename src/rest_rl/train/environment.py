@@ -55,7 +55,9 @@ def read_tasks(config: RunConfig, layout: PromptLayout, observer: Observer = SIL
         UserError: the environment cannot be loaded, has no tasks, or fails to start a session for the first ones.
     """
     table = config.env
-    environment = load_environment(table.path, tasks=table.tasks, reward=table.reward, options=table.options)
+    environment = load_environment(
+        table.path, tasks=table.tasks or None, reward=table.reward or None, options=table.options
+    )
     training = environment.tasks(environment.splits[0], config.data.seed, config.data.num_samples)
     if not training:
         raise UserError(f"the environment {table.path} has no tasks", remedy="pass a file of tasks with env.tasks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from rest_rl.evaluate.held_out import (
     response_limit,
     select_interim_prompts,
 )
-from rest_rl.objects import UserObject
+from rest_rl.objects import UserObject, describe_address
 from rest_rl.presets import get_origin
 from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.plots import draw_all
@@ -102,6 +103,8 @@ class RunPlan:
 def train(
     run: RunSource = None,
     *,
+    env: Any = None,
+    model: str | Path | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     overrides: Sequence[str] = (),
@@ -112,6 +115,8 @@ def train(
     Args:
         run: a RunConfig, its tables as a mapping, or the path of a TOML file. Default: the embedded run, or default
             settings for your own model if `overrides` contain a model or data set.
+        env: an environment to train in: a name or address as for `env.path`, or an object at the top level of a file.
+        model: a model folder or hub name, instead of `model.path`.
         out: the run folder, instead of `run.out`.
         resume: continue the run in the run folder. `run` may be omitted; it may only increase the number of steps.
         overrides: changes such as "trl.max_steps=10".
@@ -122,6 +127,8 @@ def train(
     """
     is_first = is_main_process()
     observer = observer if is_first else SILENT
+    given = {"env.path": env and describe_address(env, "env"), "model.path": model and str(model)}
+    overrides = [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value), *overrides]
     config = resolve_run(run, out=out, resume=resume, overrides=overrides)
     folder = Path(config.run.out)
     # The order protects the run folder. A resumed run takes the folder's lock first, so that nothing it reads can
