@@ -38,11 +38,18 @@ def test_an_advantage_is_distributed_over_its_tokens():
     assert weight_advantages(torch.tensor([2.0, -1.0]), weights_BT).tolist() == [[3.0, 1.0, 0.0], [-1.0, -1.0, -1.0]]
 
 
+def test_advantages_may_differ_between_tokens():
+    weights_BT = torch.tensor([[1.5, 0.5, 0.0]])
+    assert weight_advantages(torch.tensor([[2.0, -1.0, 3.0]]), weights_BT).tolist() == [[3.0, -0.5, 0.0]]
+    with pytest.raises(ValueError, match=r"\(B, T\)"):
+        weight_advantages(torch.zeros(1, 2), weights_BT)
+
+
 def test_invalid_shapes_and_kinds_are_errors():
     with pytest.raises(ValueError, match="multiple of 3"):
         group_advantages(torch.zeros(4), 3)
     with pytest.raises(ValueError, match="dr_grpo"):
         group_advantages(torch.zeros(4), 2, "ppo")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"\(B,\) and \(B, T\)"):
+    with pytest.raises(ValueError, match=r"\(B,\) or \(B, T\)"):
         weight_advantages(torch.zeros(2), torch.zeros(3, 4))
     assert not math.isnan(group_advantages(torch.zeros(4), 2).sum().item())

@@ -83,7 +83,7 @@ class CreditConfig:
     the rewards of `match_calls_by_stage`. `anchor`: `outcome` plus the reward still to come minus its mean over visits
     of the same state (GiGPO, arXiv 2505.10978)."""
     gamma: float = 1.0
-    """Discount per stage of the reward still to come, in [0, 1]. Below 1, the estimators are biased."""
+    """Discount per stage of the reward still to come, in [0, 1]. Below 1, credit is biased against early stages."""
     baseline: Baseline = "leave_one_out"
     """Mean over the other members of the group, or over all of them (as in GRPO, smaller by (G - 1) / G)."""
     lone: Literal["outcome", "zero"] = "outcome"

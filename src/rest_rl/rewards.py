@@ -430,8 +430,8 @@ def _find_decisions(judgement: Judgement, tool_format: ToolFormat) -> Iterator[t
 
 
 def _locate_calls(text: str, well_formed: bool, tool_format: ToolFormat) -> list[tuple[Span, Span | None]]:
-    # The spans of the name and the arguments of each call, or none if arguments come before names. A block that is never
-    # closed has no spans; therefore we try the format's tags as its end.
+    # The spans of the name and the arguments of each call, or none if arguments come before names. A block that is
+    # never closed has no spans; therefore we try the format's tags as its end.
     tails = ("",) if well_formed else ("", *tool_format.tags)
     parts = [
         [span for span in tool_format.parse(text + tail).spans if span.region in (Region.NAME, Region.ARGUMENTS)]
