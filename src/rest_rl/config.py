@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError
 
-from rest_rl.credit import AdvantageKind
+from rest_rl.credit import AdvantageKind, CreditConfig
 from rest_rl.errors import UserError, warn_renamed
 from rest_rl.objects import UserObject, add_search_folder
 from rest_rl.presets import RENAMED_PRESETS, REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
@@ -215,9 +215,9 @@ class RestTable(Table):
     share_prompts: bool = True
     """Whether to compute each prompt once per group of responses where the model allows it: the same gradients in less
     time (docs/training.md). The verl engine ignores it."""
-    credit: Literal["outcome", "return_to_go", "matched", "anchor"] | None = None
-    """How the rewards of a rollout in an environment are credited to its turns (docs/method.md). Default: return_to_go
-    if the environment rewards single calls, otherwise outcome."""
+    credit: str | None = None
+    """How the rewards of a rollout in an environment are credited to its turns: outcome, return_to_go, matched or
+    anchor (docs/method.md). Default: return_to_go if the environment rewards single calls, otherwise outcome."""
     gamma: Fraction = 1.0
     """Discount per turn of the rewards that follow it."""
     region_weights: Mapping[str, float] = field(default_factory=dict)
@@ -227,6 +227,8 @@ class RestTable(Table):
         super().__post_init__()
         if self.preset in RENAMED_PRESETS:
             object.__setattr__(self, "preset", get_preset(self.preset).name)
+        if self.credit is not None:
+            CreditConfig(cast(Any, self.credit), self.gamma)
         # A field that the preset ignores must keep its default, or users would believe that it has an effect.
         rl_fields: dict[str, Any] = {"weights": {}, "reward": {}, "advantage": None, "entropy_decay": ENTROPY_DECAY}
         rl_fields |= {"progress_steps": 0, "resample_rounds": 0, "share_prompts": True, "credit": None, "gamma": 1.0}

@@ -118,8 +118,7 @@ def train(
     if print_config:
         print(verl_settings(make_plan(**source, observer=screen, is_dry=True), resume=resume))
     elif is_dry:
-        del source["resume"]
-        rows = make_estimate_rows(estimate_run(**source, observer=screen))
+        rows = make_estimate_rows(estimate_run(run, out=out, overrides=source["overrides"], observer=screen))
         show_estimate("estimated memory, size and duration of the run", rows, screen.console)
     elif run_training(**source, observer=screen).is_interrupted:
         return EXIT_INTERRUPTED

@@ -97,7 +97,10 @@ class EnvironmentTrainer(GRPOTrainer):
         mode = "train" if cast(Any, self.model).training else "eval"
         self._metrics[mode]["env/lone_turns"].append(num_lone / max(1, num_stages))
         start = self.accelerator.process_index * len(own)
-        return spread_credits(credits[start : start + len(own)], find_turn_stages(mask_BT))
+        stages_BT = find_turn_stages(mask_BT)
+        for row, each in zip(stages_BT, self._trajectories, strict=True):  # the mask of a truncated row can be empty
+            assert int(row.max()) + 1 in (0, len(each.turns)), "every turn is one run of sampled tokens"
+        return spread_credits(credits[start : start + len(own)], stages_BT)
 
     def _match_gold(self, trajectory: Trajectory) -> list[float]:
         calls = [turn.calls for turn in trajectory.turns] or [()]
