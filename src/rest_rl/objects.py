@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +25,10 @@ def add_search_folder(folder: str | Path) -> None:
 
 
 def load_object(address: str, what: str) -> Any:
-    """Import the object at `package.module:OBJECT`.
+    """Import the object at `package.module:OBJECT` or `path/to/file.py:OBJECT`.
 
-    Searches the Python path first, then the current directory and the folders of `add_search_folder`.
+    Searches a module on the Python path first, then in the current directory and the folders of `add_search_folder`.
+    A file is searched for only in the latter; it can import the modules next to it.
 
     Args:
         address: Module and object, separated by a colon.
@@ -35,15 +37,15 @@ def load_object(address: str, what: str) -> Any:
     Raises:
         UserError: There is no such module or object, or its import fails.
     """
-    module, separator, path = address.partition(":")
+    module, separator, path = address.rpartition(":")
     if not separator or not module or not path:
-        raise UserError(f"{what} is {address!r}", "package.module:OBJECT", "correct the name")
+        raise UserError(f"{what} is {address!r}", "package.module:OBJECT or path/to/file.py:OBJECT", "correct the name")
     # The folders are appended, never put first: a user's random.py must not hide the standard library's.
     for folder in (str(Path.cwd()), *_search_folders):
         if folder not in sys.path:
             sys.path.append(folder)
     try:
-        found: Any = importlib.import_module(module)
+        found: Any = _import_file(module) if module.endswith(".py") else importlib.import_module(module)
         if other := _find_conflicting_file(module, getattr(found, "__file__", None)):
             problem = f"{what} {address!r} is ambiguous: {found.__file__} and {other} are different modules"
             raise UserError(problem, remedy="rename one of them")
@@ -54,10 +56,31 @@ def load_object(address: str, what: str) -> Any:
     except (Exception, SystemExit) as error:  # a user's module can raise anything
         raise UserError(
             f"cannot import {what} {address!r} ({type(error).__name__}: {error})",
-            "a module in the current directory, next to the run file or on the Python path",
+            "a module or a file in the current directory, next to the run file or on the Python path",
             "correct the name, or set PYTHONPATH",
         ) from error
     return found
+
+
+# The module is named after the path of its file, so its name never collides with that of another module.
+def _import_file(file: str) -> ModuleType:
+    found = (path for folder in (Path.cwd(), *_search_folders) if (path := Path(folder, file)).is_file())
+    path = next(found, None)
+    if path is None:
+        raise FileNotFoundError(f"there is no file {file}")
+    path = path.resolve()
+    if (name := str(path)) not in sys.modules:
+        sys.path.extend({str(path.parent)} - set(sys.path))
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec
+        assert spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def _find_conflicting_file(module: str, file: str | None) -> Path | None:
