@@ -306,6 +306,7 @@ def test_an_openenv_factory() -> None:
 
 class World:
     name, splits = "world", ("train", "hard")
+    step_rewards = True
 
     def tasks(self, split: str, seed: int, number: int) -> list[Task]:
         return [{"id": f"{split}{n}"} for n in range(min(number, 3))]
@@ -322,6 +323,8 @@ def test_an_environment_is_used_as_it_is() -> None:
     assert environment.splits == ("train", "hard")
     assert environment.tasks("hard", 0, 9)[2] == {"id": "hard2"}
     assert environment.name == "world"
+    assert getattr(environment, "step_rewards", False)
+    assert not getattr(load_environment(Safe), "step_rewards", False)
 
 
 def test_a_tool_may_be_called_close_or_done() -> None:

@@ -89,12 +89,13 @@ class _Found:
     fields: frozenset[str] = frozenset()
     """Fields that every task must have."""
     environment: Environment | None = None
+    step_rewards: bool = False
 
 
 class _Adapted:
     def __init__(self, found: _Found, tasks: Any, reward: Reward | None) -> None:
         self.name, self.splits, self.tasks = found.name, tasks.splits, tasks.tasks
-        self._opener, self._reward = found.open, reward
+        self.step_rewards, self._opener, self._reward = found.step_rewards, found.open, reward
 
     def open(self, task: Task, seed: int) -> ToolSession:
         session: Any = self._opener(task, seed)
@@ -179,13 +180,16 @@ def _read_tasks(tasks: str | Path | Iterable[Task]) -> _TaskTable:
 
 def _load_source(source: Any, options: dict[str, Any]) -> _Found:
     if not isinstance(source, str):
-        return _recognize(source, display_name(source), options)
-    if source.startswith("mcp:"):
+        target, name = source, display_name(source)
+    elif source.startswith("mcp:"):
         return _load_server(source, options)
-    if source not in ENVIRONMENTS and ":" not in source:
+    elif source not in ENVIRONMENTS and ":" not in source:
         raise UserError(f"there is no environment {source!r}", _ACCEPTED, "correct it")
-    found = load_object(ENVIRONMENTS.get(source, source), "environment")
-    return _recognize(found, source if source in ENVIRONMENTS else source.rpartition(":")[2], options)
+    else:
+        target, name = load_object(ENVIRONMENTS.get(source, source), "environment"), source.rpartition(":")[2]
+    found = _recognize(target, name, options)
+    found.step_rewards = getattr(target, "step_rewards", False) is True
+    return found
 
 
 def _load_server(source: str, options: dict[str, Any]) -> _Found:
