@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "rest_rl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT, MAX_LINES = 700, 60, 17, 31_000
+MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT, MAX_LINES = 700, 60, 17, 36_000
 IMPORTED_IN = {
     "trl": ["train/trl/*.py", "train/sft.py", "train/estimate.py", "train/verl/*.py"],
     "datasets": ["data/reading.py", "train/prompts.py", "train/sft.py", "train/run.py"],
@@ -22,7 +22,7 @@ IMPORTED_IN = {
     "typer": ["cli/*.py"],
     "pydantic": ["config.py", "compare/grid.py", "weights.py", "rewards.py", "envs/adapters.py"],
     "pandas": ["report/tables.py", "evaluate/tables.py", "compare/*.py"],
-    "jsonschema": ["data/*.py", "data/office/*.py"],
+    "jsonschema": ["envs/guard.py", "data/*.py", "data/office/*.py"],
     "faker": ["data/office/*.py"],
     "referencing": ["data/gold.py"],
     "pyarrow": ["data/reading.py", "data/write.py"],

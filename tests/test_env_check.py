@@ -52,7 +52,7 @@ def add_to_shared(self, name, arguments):
 @pytest.mark.parametrize(
     ("check", "methods"),
     [
-        ("equal seeds", {"call_tool": lambda self, name, arguments: Result(str(random.random()))}),  # noqa: S311
+        ("equal seeds", {"call_tool": lambda self, name, arguments: Result(str(random.random()))}),
         ("isolation", {"call_tool": add_to_shared, "state": lambda self: dict(SHARED)}),
         ("sessions survive", {"verify": lambda self, messages: 1 / 0}),
         ("gold path", {"verify": lambda self, messages: Result(reward=0.1)}),
@@ -99,7 +99,7 @@ def test_a_step_reward_that_points_away_from_success():
 def test_tasks_that_change_or_repeat_are_found():
     class Changing(Counter):
         def tasks(self, split, seed, number):
-            return [{"id": f"{random.random()}", "start": 0}]  # noqa: S311
+            return [{"id": f"{random.random()}", "start": 0}]
 
     class Repeated(Counter):
         def tasks(self, split, seed, number):
@@ -129,7 +129,7 @@ def test_random_values_fit_simple_schemas():
     import jsonschema
 
     for seed in range(50):
-        jsonschema.validate(random_value(random.Random(seed), schema), schema)  # noqa: S311
+        jsonschema.validate(random_value(random.Random(seed), schema), schema)
 
 
 def test_the_command():

@@ -28,7 +28,7 @@ class Scripted(Model):
 
 
 def call(x):
-    return '<think> a </think>\n<tool_call>\n{"name": "f", "parameters": {"x": %d}}\n</tool_call>' % x
+    return f'<think> a </think>\n<tool_call>\n{{"name": "f", "parameters": {{"x": {x}}}}}\n</tool_call>'
 
 
 ANSWER = "<think> a </think>\n<response> ok </response>"

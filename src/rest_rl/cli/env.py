@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rest_rl.cli.options import AsJson, Verb, verb_group
+from rest_rl.errors import UserError
 
 EPILOG = """\
 examples:
@@ -20,11 +21,23 @@ group = verb_group(epilog=EPILOG, help="Check an environment: tools that run, ov
 ENV = typer.Argument(metavar="ENV", help="a world that ships (shop), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND")
 
 
+def parse_options(text: str) -> dict[str, Any]:
+    """Return the options of an environment from JSON text."""
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--options is not JSON ({error})", "an object", "quote it for the shell") from error
+    if not isinstance(options, dict):
+        raise UserError(f"--options is {text}", "a JSON object", "correct it")
+    return options
+
+
 @group.command("check", cls=Verb)
 def check(
     env: Annotated[str, ENV],
     tasks: Annotated[str, typer.Option(metavar="FILE", help="task rows, for an environment that has none")] = "",
     reward: Annotated[str, typer.Option(metavar="MODULE:OBJECT", help="a function that scores rollouts")] = "",
+    options: Annotated[str, typer.Option(metavar="JSON", help="options, such as the verify_tool of a server")] = "{}",
     n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="tasks per split")] = 20,
     seed: Annotated[int, typer.Option(metavar="N", help="seed of the tasks and sessions")] = 0,
     timeout: Annotated[float, typer.Option(metavar="S", help="seconds per call")] = 30.0,
@@ -43,7 +56,7 @@ def check(
     from rest_rl.envs.load import load_environment
 
     screen = Screen(Console(stderr=as_json))
-    environment = load_environment(env, tasks=tasks or None, reward=reward or None)
+    environment = load_environment(env, tasks=tasks or None, reward=reward or None, options=parse_options(options))
     with screen.track(f"trying {env}", n * len(environment.splits)) as advance:
         report = check_environment(environment, number=n, seed=seed, limits=Limits(timeout=timeout), on_task=advance)
     if as_json:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from rest_rl.cli.env import parse_options
 from rest_rl.cli.options import AsJson, Verb, verb_group
 from rest_rl.errors import UserError
 from rest_rl.evaluate.request import EvalRequest, option_name
@@ -115,6 +116,8 @@ def _evaluate(values: dict[str, Any]) -> int:
     is_dry = values.pop("dry_run")
     values["changes"] = tuple(values["changes"])
     values |= {name: _parts(name, values[name]) for name in ("categories", "ids")}
+    if values.get("options") is not None:
+        values["options"] = parse_options(values["options"])
     if values["extra_body"] is not None:
         values["extra_body"] = _extra_body(values["extra_body"])
     # All checks that need no model come first: a mistake then does not cost the minutes of loading one.

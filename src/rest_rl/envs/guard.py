@@ -77,6 +77,8 @@ class Guard:
         self.tools: list[dict[str, Any]] = []
         self.first_state: Any = None
         self.gold_calls: list[ToolCall] | None = None
+        self.gold_answer = "done"
+        self._is_hung = False
         self._session: ToolSession | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True, name=f"session of {environment.name}").start()
@@ -96,6 +98,7 @@ class Guard:
         self.first_state = self._read("state")
         if (gold := self._read("gold_calls")) is not None:
             self.gold_calls = [ToolCall(call["name"], call["arguments"]) for call in gold]
+        self.gold_answer = self._read("gold_answer") or self.gold_answer
 
     def start_calls(self, calls: Sequence[ToolCall]) -> Callable[[], list[Result]]:
         """Start the calls of one turn, one after the other; the returned function waits for their results."""
@@ -158,33 +161,39 @@ class Guard:
         return None if function is None else _copy_json(function())
 
     def close(self) -> None:
-        """Close the session without waiting for it, and end its thread."""
+        """Close the session without waiting for it, and end its thread.
+
+        If a call hangs, the session is closed from another thread, which can end the call.
+        """
         if self._session is not None:
-            self._submit(self._session.close)
+            job = self._submit(self._session.close)
+            if self._is_hung:
+                threading.Thread(target=job.run, daemon=True).start()
         self._jobs.put(None)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job.run()
+            if job.started is None:
+                job.run()
 
     def _submit(self, function: Callable[[], Any]) -> _Job:
         job = _Job(function)
         self._jobs.put(job)
         return job
 
-    # Returns the result, or None. A call that raises does not end the session; whatever hangs does, and so does a
-    # failed start or verdict.
+    # Returns the result, or None. A call that raises does not end the session; whatever hangs does, and so does a lost
+    # connection, a failed start or a failed verdict.
     def _wait(self, job: _Job, what: str) -> Any:
         if self.failure:
             return None
         if not job.wait(self.limits.timeout):
-            self.failure = f"{what}: no answer within {self.limits.timeout:g} s"
+            self.failure, self._is_hung = f"{what}: no answer within {self.limits.timeout:g} s", True
             self.events["timeout"] += 1
             return None
         if job.error is None:
             return job.value
         text = f"{type(job.error).__name__}: {job.error!s:.{_ERRORS}}"
-        if what == "call":
+        if what == "call" and not isinstance(job.error, ConnectionError):
             self.events["exception"] += 1
             return _error_result(text)
         self.events[f"failed {what}"] += 1

@@ -25,7 +25,7 @@ Stop = Literal["answered", "done", "turn limit", "truncated", "context", "failed
 
 
 class Generated(NamedTuple):
-    """The responses to a batch of prompts, as ids, and the log-probabilities of their tokens if the sampler has them."""
+    """The responses to a batch of prompts, as ids, and their log-probabilities if the sampler has them."""
 
     ids: list[list[int]]
     logprobs: list[list[float]] | None = None

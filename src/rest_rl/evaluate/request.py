@@ -113,6 +113,13 @@ class EvalRequest:
     reward: str | None = _option(
         None, BENCHMARK_PANEL, "a function that scores rollouts", "MODULE:OBJECT", only_for=("env",)
     )
+    options: Mapping[str, Any] | None = _option(
+        None,
+        BENCHMARK_PANEL,
+        "options of the environment, such as the verify_tool of a server",
+        "JSON",
+        only_for=("env",),
+    )
     attempts: int = _option(1, BENCHMARK_PANEL, "rollouts per task, for pass^k", "N", only_for=("env",))
     temperature: float | None = _option(
         None, BENCHMARK_PANEL, "of a local model (default: 0, or 1 with several attempts)", "T", only_for=("env",)

@@ -211,7 +211,7 @@ def open_environment(request: EvalRequest, plan: Plan) -> Benchmark:
     from rest_rl.envs.load import load_environment
     from rest_rl.evaluate.benchmarks.environment import EnvironmentTasks
 
-    environment = load_environment(request.env, tasks=request.tasks, reward=request.reward)
+    environment = load_environment(request.env, tasks=request.tasks, reward=request.reward, options=request.options)
     numbers = {"seed": request.seed, "prompts": request.prompts, "attempts": request.attempts}
     return EnvironmentTasks(environment, **numbers, limits=Limits(turns=request.turns), layout=plan.layout)
 

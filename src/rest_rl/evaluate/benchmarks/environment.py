@@ -118,7 +118,7 @@ class EnvironmentConversation(Conversation):
             return None
         # The oracle takes the gold calls one by one, then answers.
         gold = (self.guard.gold_calls or [])[len(turns) : len(turns) + 1]
-        expected = Gold(tuple(gold), None if gold else "done")
+        expected = Gold(tuple(gold), None if gold else self.guard.gold_answer)
         sample = replace(make_sample(self.task, self.trajectory.messages, self.guard.tools), gold=expected)
         return Request(sample, step=len(turns), text=self._text)
 
