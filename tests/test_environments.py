@@ -24,11 +24,17 @@ import psutil
 import pytest
 from typing_extensions import TypedDict
 
+from rest_rl.data.layout import PromptLayout
 from rest_rl.envs.adapters import describe_function, make_verdict
+from rest_rl.envs.guard import Limits
 from rest_rl.envs.load import load_environment
+from rest_rl.envs.rollout import Generated, Rollouts
 from rest_rl.envs.session import Message, Result, Task
 from rest_rl.errors import UserError
 from rest_rl.objects import load_object
+from rest_rl.response import ToolCall
+from tests.live_environment import TEMPLATE
+from tests.tiny_policy import tiny_tokenizer
 
 SERVER = Path(__file__).with_name("mcp_counter.py")
 needs_mcp = pytest.mark.skipif(importlib.util.find_spec("mcp") is None, reason="needs the package mcp")
@@ -530,6 +536,51 @@ def test_eight_servers_in_parallel_of_which_one_is_killed() -> None:
         thread.join(120)
     assert isinstance(outcomes.pop(3), ConnectionError)
     assert outcomes == {number: (f"the counter is {number + 5}", 1.0) for number in range(8) if number != 3}
+    assert children() == []
+
+
+@needs_mcp
+def test_rollouts_survive_a_killed_server_and_one_that_hangs() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    layout = PromptLayout(tokenizer, "toolrl")
+    tools = ["process_id", "hang", *["add"] * 6]
+    turn = 0
+
+    def respond(prompts: Any, is_first: bool) -> Generated:
+        nonlocal turn
+        if turn == 1:  # the first rollout's server has said who it is
+            os.kill(int(json.loads(first.turns[0].results[0].text)), signal.SIGKILL)
+        active = [n for n in range(8) if turn == 0 or n != 1]
+        texts = [
+            layout.format.render(None, [ToolCall(tools[n], {"amount": 3} if n > 1 else {})], None)
+            if turn < 2
+            else layout.format.render(None, (), "ok")
+            for n in (active if turn < 2 else active[1:])
+        ]
+        turn += 1
+        assert len(texts) == len(prompts)
+        return Generated(
+            [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in texts]
+        )
+
+    class Watched(Rollouts):
+        def _start(self, guard: Any, trajectory: Any) -> bool:
+            nonlocal first
+            first = trajectory if trajectory.task["id"] == "t0" else first
+            return super()._start(guard, trajectory)
+
+    first: Any = None
+    tasks = [{"id": f"t{n}", "prompt": "count", "goal": 6} for n in range(8)]
+    rollouts = Watched(server_environment(), layout, Limits(timeout=15), [tokenizer.eos_token_id], 96)
+    found = rollouts.run([(task, 0) for task in tasks], respond)
+    assert [each.stop for each in found] == ["failed", "failed", *["answered"] * 6]
+    assert [each.total for each in found] == [0.0, 0.0, *[1.0] * 6]
+    assert "no answer within 15 s" in found[1].failure
+    assert found[0].failure
+    deadline = time.monotonic() + 20
+    while children() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert children() == []
 
 
