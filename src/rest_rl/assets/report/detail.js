@@ -27,7 +27,7 @@ function showDetail() {
     notice(response) ?? "",
     tokenBlock(response),
     make("div", { className: "readout", id: "readout", role: "status" }, "Point at a token, or press ← and →."),
-    losses(response),
+    response.T ? "" : losses(response),
     response.D?.length ? make("div", {}, make("h3", {}, "Changes of the state"), make("pre", { className: "target" }, ...passage(response.D.join("\n")))) : "",
     response.g >= 0 ? make("div", {}, make("h3", {}, "Gold turn"), make("pre", { className: "target" }, ...passage(data.golds[response.g]))) : "",
     group(response) ?? "",
@@ -189,12 +189,13 @@ function losses(response) {
 function regionTable(response) {
   const tokens = tokensOf(response);
   if (!response.u) return null;
+  const sampled = [...tokens.regions.keys()].filter((i) => !response.T || turnOf(response, i));
   const rows = regionNames.map((name, region) => {
-    const own = [...tokens.regions.keys()].filter((i) => tokens.regions[i] === region);
+    const own = sampled.filter((i) => tokens.regions[i] === region);
     if (!own.length) return null;
     const mean = (values) => own.reduce((sum, i) => sum + values[i], 0) / own.length;
     const weight = own.reduce((sum, i) => sum + tokens.weights[i], 0), all = tokens.weights.reduce((sum, value) => sum + value, 0);
-    const cells = [String(own.length), shown(own.length / tokens.regions.length, "%"), shown(mean(tokens.weights)), shown(weight / all, "%"), shown(mean(tokens.entropies))];
+    const cells = [String(own.length), shown(own.length / sampled.length, "%"), shown(mean(tokens.weights)), shown(weight / all, "%"), shown(mean(tokens.entropies))];
     return make("tr", {}, make("th", { scope: "row" }, swatch([...regionColors[region], 0.9]), name), ...cells.map((cell) => make("td", { className: "number" }, cell)));
   });
   const head = ["region", "tokens", "share of tokens", "mean weight", "share of weight", "mean entropy"];
