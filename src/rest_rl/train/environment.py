@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -174,7 +174,7 @@ def make_environment_reward(
 def compute_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Return the means over rollouts of success, reward and its parts, turns, calls, errors and ends."""
     n, rewards = len(trajectories), [each.total for each in trajectories if each.total is not None]
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     for each in trajectories:
         sums["env/success"] += each.has_succeeded
         sums["env/turns"] += len(each.turns)

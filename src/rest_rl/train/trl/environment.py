@@ -54,10 +54,14 @@ class EnvironmentTrainer(GRPOTrainer):
         has_steps = self.rollouts is not None and getattr(self.rollouts.environment, "step_rewards", False)
         return cast(Any, self.args).credit or ("return_to_go" if has_steps else "outcome")
 
+    @property
+    def _group_size(self) -> int:
+        is_training = cast(Any, self.model).training
+        return cast(int, self.num_generations if is_training else self.num_generations_eval)
+
     def _roll_out(self, prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
         assert self.rollouts is not None
-        group = self.num_generations if cast(Any, self.model).training else self.num_generations_eval
-        pad = self._tokenizer.pad_token_id
+        group, pad = self._group_size, cast(int, self._tokenizer.pad_token_id)
 
         def respond(ids: Sequence[list[int]], is_first: bool) -> Generated:
             # Groups share the first prompt; later ones differ.
@@ -85,7 +89,7 @@ class EnvironmentTrainer(GRPOTrainer):
             for each in self._trajectories
         ]
         everyone = gather_object(own) if self.accelerator.num_processes > 1 else own
-        group = self.num_generations if cast(Any, self.model).training else self.num_generations_eval
+        group = self._group_size
         config = CreditConfig(cast(CreditKind, self.credit), cast(Any, self.args).gamma)
         credits: list[list[float]] = []
         num_stages = num_lone = 0
