@@ -235,6 +235,21 @@ def test_a_call_that_hangs_fails_its_rollout_in_time(layout):
     assert [each.total for each in found] == [1.25, 0.0] * 4
 
 
+def test_calls_of_a_parallel_session_run_at_the_same_time(layout):
+    barrier = threading.Barrier(3, timeout=20)
+
+    class Together(Counter):
+        def open(self, task, seed):
+            session = super().open(task, seed)
+            session.parallel = True
+            session.call_tool = lambda name, arguments: Result(str(barrier.wait()), reward=0.1)
+            return session
+
+    (found,) = run(Together(), layout, [say(call(), call(), call()), ANSWER])
+    assert sorted(result.text for result in found.turns[0].results) == ["0", "1", "2"]  # all three were waiting
+    assert found.turns[0].reward == pytest.approx(0.3)
+
+
 def test_large_results_are_cut_and_say_so(layout):
     found, _ = hostile(layout, "large", result_tokens=32)
     (message,) = [message for message in found.messages if message["role"] == "tool"]

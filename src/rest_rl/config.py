@@ -159,6 +159,8 @@ class EnvTable(Table):
     """`module:FUNCTION` that scores a rollout, for tools without a score of their own."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the environment, such as the `verify_tool` of an MCP server."""
+    thoughts: Literal["keep"] = "keep"
+    """Thoughts of earlier turns stay in the context: what the policy sampled is never rendered again."""
     turns: PositiveInt = 8
     """Maximum number of responses in a rollout."""
     calls_per_turn: PositiveInt = 16

@@ -101,7 +101,10 @@ class Guard:
         self.gold_answer = self._read("gold_answer") or self.gold_answer
 
     def start_calls(self, calls: Sequence[ToolCall]) -> Callable[[], list[Result]]:
-        """Start the calls of one turn, one after the other; the returned function waits for their results."""
+        """Start the calls of one turn, one after the other unless the session is `parallel`.
+
+        The returned function waits for their results.
+        """
         pending = [self._start_call(call, number) for number, call in enumerate(calls)]
         return lambda: [self._finish_call(result) for result in pending]
 
@@ -111,7 +114,14 @@ class Guard:
         if call.name not in self._validators:
             return self._refuse("unknown tool", f"there is no tool named {call.name[:100]}")
         arguments = self._check_arguments(call)
-        return arguments if isinstance(arguments, Result) else self._submit(lambda: self._run(call.name, arguments))
+        if isinstance(arguments, Result):
+            return arguments
+        job = _Job(lambda: self._run(call.name, arguments))
+        if getattr(self._session, "parallel", False):
+            threading.Thread(target=job.run, daemon=True).start()
+        else:
+            self._jobs.put(job)
+        return job
 
     def _check_arguments(self, call: ToolCall) -> dict[str, Any] | Result:
         try:

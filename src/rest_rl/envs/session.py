@@ -55,7 +55,8 @@ class ToolSession(Protocol):
         ...
 
 
-# What a session may have besides the protocol; rollouts and checks look for these by name.
+# What a session may have besides the protocol; rollouts and checks look for these by name. An attribute `parallel` that
+# is True lets the calls of one turn run at the same time, in threads of their own.
 OPTIONAL_METHODS = {
     "state": "() -> the state as JSON, for reports that show what a rollout changed",
     "state_hash": "() -> a text that is equal for equal states, for credit = 'anchor'",

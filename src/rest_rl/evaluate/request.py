@@ -124,6 +124,13 @@ class EvalRequest:
     temperature: float | None = _option(
         None, BENCHMARK_PANEL, "of a local model (default: 0, or 1 with several attempts)", "T", only_for=("env",)
     )
+    thoughts: Literal["keep", "drop"] = _option(
+        "keep",
+        BENCHMARK_PANEL,
+        "thoughts of earlier turns, for a local model: keep, as in training, or drop",
+        only_for=("env",),
+        choices=("keep", "drop"),
+    )
     turns: int = _option(8, BENCHMARK_PANEL, "responses per rollout", "N", only_for=("env",))
     command: tuple[str, ...] = field(default=(), repr=False)
     """The command line, recorded in environment.json."""

@@ -213,7 +213,9 @@ def open_environment(request: EvalRequest, plan: Plan) -> Benchmark:
 
     environment = load_environment(request.env, tasks=request.tasks, reward=request.reward, options=request.options)
     numbers = {"seed": request.seed, "prompts": request.prompts, "attempts": request.attempts}
-    return EnvironmentTasks(environment, **numbers, limits=Limits(turns=request.turns), layout=plan.layout)
+    keeps = request.thoughts == "keep"
+    limits = Limits(turns=request.turns)
+    return EnvironmentTasks(environment, **numbers, limits=limits, layout=plan.layout if keeps else None)
 
 
 def choose_samples(benchmark: Benchmark, request: EvalRequest) -> list[str]:

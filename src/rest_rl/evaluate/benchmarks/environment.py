@@ -1,7 +1,7 @@
 """An environment as a benchmark: whole rollouts of its held-out tasks, for any model.
 
-A model that renders its own prompts continues its text, so thoughts of earlier turns stay in its context, as in
-training. A server gets messages, and its chat template decides.
+With a layout, a rollout continues the model's own text, so thoughts of earlier turns stay in its context, as in
+training. Without one, every prompt is rendered from messages, without thoughts.
 """
 
 from __future__ import annotations

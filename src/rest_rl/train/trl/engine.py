@@ -171,7 +171,7 @@ class TrlEngine:
             self.trainer = make_sft_trainer(self.args, self.layout, self.dataset, weights, **shared)
         if self.tasks is not None:
             credit = cast(ResTTrainer, self.trainer).credit
-            self.observer.say(f"credit {credit}; thoughts of earlier turns stay in the context")
+            self.observer.say(f"credit {credit}; env.thoughts = keep: those of earlier turns stay in the context")
         guard_saving(self.trainer, log.folder)
         self.trainer.remove_callback(PrinterCallback)  # `Recorder` shows the metrics instead
         self.model = self.trainer.model
