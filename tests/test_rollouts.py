@@ -18,10 +18,18 @@ from rest_rl.formats import FORMATS
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region, ToolCall
 from rest_rl.train.policy import load_policy_tokenizer
-from rest_rl.train.prompts import build_dataset
+from rest_rl.train.prompts import build_dataset, build_training_dataset
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.live_environment import TEMPLATE, Counter, Hostile, describe
-from tests.tiny_policy import copy_parameters, logged_steps, tiny_model, tiny_settings, tiny_tokenizer
+from tests.tiny_policy import (
+    copy_parameters,
+    logged_steps,
+    scripted_completions,
+    tiny_model,
+    tiny_samples,
+    tiny_settings,
+    tiny_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -475,3 +483,55 @@ def test_matched_credit_needs_gold_calls(tokenizer, tmp_path):
     trainer.rollouts.environment.open = without_gold
     with pytest.raises(UserError):
         trainer.train()
+
+
+# Single turns
+
+
+def test_return_to_go_within_a_response_by_hand(tokenizer, tmp_path):
+    tokenizer = tiny_tokenizer()
+    trainer = ResTTrainer(
+        tiny_model(tokenizer),
+        args=ResTConfig(**tiny_settings(tmp_path, preset="grpo", credit="return_to_go", max_steps=2)),
+        train_dataset=build_training_dataset(tiny_samples(8), tokenizer),
+        processing_class=tokenizer,
+        rollout_func=scripted_completions,
+    )
+    trainer.remove_callback(PrinterCallback)
+    batches = []
+    generate = trainer._generate_and_score_completions
+
+    def watched(inputs):
+        batch = generate(inputs)
+        own = zip(inputs, batch["completion_ids"], batch["completion_mask"], strict=True)
+        batches.append((batch, [trainer.split_response(row, ids[mask.bool()].tolist()) for row, ids, mask in own]))
+        return batch
+
+    trainer._generate_and_score_completions = watched
+    trainer.train()
+    batch, splits = batches[0]
+    assert batch["advantages"].shape == batch["completion_ids"].shape
+    assert max(len(rewards) for rewards, _ in splits) >= 3  # name, key, value and the rest
+    checked = 0
+    for group in range(0, 8, 4):
+        members = splits[group : group + 4]
+        for at, (rewards, stages) in enumerate(members):
+            for position, stage in enumerate(stages):
+                others = [sum(own[stage:]) for n, (own, _) in enumerate(members) if n != at and len(own) > stage]
+                if others:
+                    expected = sum(rewards[stage:]) - sum(others) / len(others)
+                    assert batch["advantages"][group + at, position].item() == pytest.approx(expected, abs=1e-5)
+                    checked += 1
+    assert checked > 50
+
+
+def test_other_credits_and_rewards_need_an_environment(tokenizer, tmp_path):
+    tokenizer = tiny_tokenizer()
+    settings = {"train_dataset": build_training_dataset(tiny_samples(8), tokenizer), "processing_class": tokenizer}
+    for changes, reward in (
+        ({"credit": "matched"}, None),
+        ({"credit": "return_to_go"}, lambda completions, **_: [0.0]),
+    ):
+        args = ResTConfig(**tiny_settings(tmp_path, preset="grpo", **changes))
+        with pytest.raises(UserError):
+            ResTTrainer(tiny_model(tokenizer), reward_funcs=reward, args=args, **settings)

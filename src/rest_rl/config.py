@@ -219,7 +219,9 @@ class RestTable(Table):
     time (docs/training.md). The verl engine ignores it."""
     credit: str | None = None
     """How the rewards of a rollout in an environment are credited to its turns: outcome, return_to_go, matched or
-    anchor (docs/method.md). Default: return_to_go if the environment rewards single calls, otherwise outcome."""
+    anchor (docs/method.md). Default: return_to_go if the environment rewards single calls, otherwise outcome. Without
+    an environment, return_to_go credits the tokens of a response with the parts of the reward that they can still
+    change."""
     gamma: Fraction = 1.0
     """Discount per turn of the rewards that follow it."""
     region_weights: Mapping[str, float] = field(default_factory=dict)
@@ -292,7 +294,7 @@ class RunConfig:
 
     def _check_environment(self) -> None:
         if not self.env.path:
-            if self.rest.credit not in (None, "outcome"):
+            if self.rest.credit not in (None, "outcome", "return_to_go"):
                 problem = f"rest.credit is {self.rest.credit!r}, but there is no environment"
                 raise UserError(problem, remedy="set env.path, or remove rest.credit")
             return

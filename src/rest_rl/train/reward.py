@@ -116,6 +116,7 @@ def make_tool_reward(
             return random_rewards(len(rows), seed, step, first=_process_rank() * len(rows))
         return [row.total for row in rows]
 
+    tool_reward.is_rule_reward = True  # type: ignore[attr-defined]  # `return_to_go` can split it
     return tool_reward
 
 

@@ -1,4 +1,4 @@
-"""Rollouts in an environment inside TRL's trainer, and credit for each turn.
+"""Rollouts in an environment inside TRL's trainer, and credit for each turn or part of a response.
 
 TRL's `rollout_func` replaces its generation. Its own loop over tools (`environment_factory`) cannot stop when an
 environment is done, has no timeouts, and parses calls only with templates that it knows.
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
@@ -23,11 +24,19 @@ from rest_rl.errors import UserError
 from rest_rl.rewards import match_calls_by_stage
 
 
+class _Staged(NamedTuple):
+    # The stages of one trajectory: rewards, hashes of the states before them, and rewards of matched gold calls.
+    rewards: Sequence[float | None]
+    states: Sequence[str | None]
+    matched: Sequence[float]
+
+
 class EnvironmentTrainer(GRPOTrainer):
     """`GRPOTrainer` that rolls out tasks of an environment if it gets `rollouts`; the dataset then holds task rows.
 
     With `credit = "outcome"` the advantages are TRL's own. The other kinds of credit replace them by one advantage per
-    token, of shape (B, T).
+    token, of shape (B, T). Their stages are the turns of rollouts, or else the parts of a response that decide its
+    reward (`split_response`, which a subclass defines).
     """
 
     def __init__(self, *args: Any, rollouts: Rollouts | None = None, **kwargs: Any) -> None:
@@ -43,10 +52,15 @@ class EnvironmentTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._rows = inputs
         batch = super()._generate_and_score_completions(inputs)
-        if self.rollouts is not None and self.credit != "outcome":
-            mask_BT = batch["completion_mask"] * batch["tool_mask"]
-            batch["advantages"] = self._compute_credits(mask_BT).to(batch["advantages"])
+        if self.credit != "outcome":
+            staged, stages_BT = self._stage_rollouts(batch) if self.rollouts else self._stage_responses(batch)
+            credits_BT = self._compute_credits(staged, stages_BT)
+            batch["advantages"] = credits_BT.to(batch["advantages"])
         return batch
+
+    def split_response(self, row: Mapping[str, Any], ids: Sequence[int]) -> tuple[list[float], list[int]]:
+        """Return the rewards of the stages of a response to a dataset row, and the stage of each of its tokens."""
+        raise NotImplementedError
 
     @property
     def credit(self) -> str:
@@ -82,28 +96,41 @@ class EnvironmentTrainer(GRPOTrainer):
             "trajectory": found,
         }
 
-    # The credit of each turn, from the rewards of the whole group, which may be spread over processes.
-    def _compute_credits(self, mask_BT: Tensor) -> Tensor:
-        own = [
-            (each.rewards, [turn.state_hash for turn in each.turns] or [None], self._match_gold(each))
+    def _stage_rollouts(self, batch: dict[str, Any]) -> tuple[list[_Staged], Tensor]:
+        stages_BT = find_turn_stages(batch["completion_mask"] * batch["tool_mask"])
+        for row, each in zip(stages_BT, self._trajectories, strict=True):  # the mask of a truncated row can be empty
+            assert int(row.max()) + 1 in (0, len(each.turns)), "every turn is one run of sampled tokens"
+        staged = [
+            _Staged(each.rewards, [turn.state_hash for turn in each.turns] or [None], self._match_gold(each))
             for each in self._trajectories
         ]
+        return staged, stages_BT
+
+    def _stage_responses(self, batch: dict[str, Any]) -> tuple[list[_Staged], Tensor]:
+        mask_BT = batch["completion_mask"].bool()
+        stages_BT, staged = torch.full(mask_BT.shape, -1, device=mask_BT.device), []
+        for number, (row, ids) in enumerate(zip(self._rows, batch["completion_ids"], strict=True)):
+            rewards, stages = self.split_response(row, ids[mask_BT[number]].tolist())
+            stages_BT[number, mask_BT[number]] = torch.tensor(stages, device=mask_BT.device)
+            staged.append(_Staged(rewards, [None] * len(rewards), [0.0] * len(rewards)))
+        return staged, stages_BT
+
+    # The credit of each stage, from the rewards of the whole group, which may be spread over processes.
+    def _compute_credits(self, own: list[_Staged], stages_BT: Tensor) -> Tensor:
         everyone = gather_object(own) if self.accelerator.num_processes > 1 else own
-        group = self._group_size
         config = CreditConfig(cast(CreditKind, self.credit), cast(Any, self.args).gamma)
         credits: list[list[float]] = []
         num_stages = num_lone = 0
-        for first in range(0, len(everyone), group):
-            rewards, states, matched = zip(*everyone[first : first + group], strict=True)
+        for first in range(0, len(everyone), self._group_size):
+            rewards, states, matched = zip(*everyone[first : first + self._group_size], strict=True)
             found = stage_credits(rewards, config, states=states, matched=matched)
             credits += found.credits
             num_stages, num_lone = num_stages + found.num_stages, num_lone + found.num_lone
         mode = "train" if cast(Any, self.model).training else "eval"
-        self._metrics[mode]["env/lone_turns"].append(num_lone / max(1, num_stages))
+        self._metrics[mode]["env/lone_turns" if self.rollouts else "rest/lone_stages"].append(
+            num_lone / max(1, num_stages)
+        )
         start = self.accelerator.process_index * len(own)
-        stages_BT = find_turn_stages(mask_BT)
-        for row, each in zip(stages_BT, self._trajectories, strict=True):  # the mask of a truncated row can be empty
-            assert int(row.max()) + 1 in (0, len(each.turns)), "every turn is one run of sampled tokens"
         return spread_credits(credits[start : start + len(own)], stages_BT)
 
     def _match_gold(self, trajectory: Trajectory) -> list[float]:

@@ -20,7 +20,7 @@ tokens), at most 2% more than with the best decay of each run. With only the pre
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, cast
 
@@ -31,16 +31,18 @@ from trl import GRPOConfig
 from trl.trainer.utils import RepeatSampler
 
 from rest_rl.config import ENTROPY_DECAY, RestTable, rule_to_table
-from rest_rl.credit import AdvantageKind, weight_advantages
+from rest_rl.credit import AdvantageKind, find_part_stages, weight_advantages
 from rest_rl.errors import UserError
+from rest_rl.evaluate.generate import has_ended
 from rest_rl.formats import format_name, get_format
 from rest_rl.objects import UserObject, find_address
 from rest_rl.presets import PRESETS, RENAMED_PRESETS, Preset, get_preset
+from rest_rl.regions import decode_ids, token_char_lengths
 from rest_rl.response import NUM_REGIONS
-from rest_rl.rewards import check_reward_rule
+from rest_rl.rewards import RewardConfig, check_reward_rule, judge, split_reward
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.record import RESPONSE_INDEX, WeightedBatch
-from rest_rl.train.reward import compute_progress, get_stop_ids, make_tool_reward, refuse_non_finite
+from rest_rl.train.reward import compute_progress, get_stop_ids, make_tool_reward, parse_gold, refuse_non_finite
 from rest_rl.train.trl.environment import EnvironmentTrainer
 from rest_rl.train.trl.resample import ResamplingTrainer, check_resampling, check_resampling_data
 from rest_rl.train.trl.shared_prompts import SharedPromptTrainer
@@ -308,9 +310,11 @@ class ResTTrainer(EnvironmentTrainer, ResamplingTrainer, SharedPromptTrainer):
         self._format = get_format(args.tool_format)
         self._text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._weighter = TokenWeighter(self._text_tokenizer, self._format, self._method.weights)
+        self._stop_ids = ends = get_stop_ids(self._text_tokenizer, model)
+        if args.credit not in (None, "outcome") and not kwargs.get("rollouts"):
+            _check_single_turn_credit(args, reward_funcs)
         if reward_funcs is None:
             _check_gold_column(train_dataset)
-            ends = get_stop_ids(self._text_tokenizer, model)
             reward_funcs = make_tool_reward(
                 self._text_tokenizer,
                 self._format,
@@ -364,6 +368,17 @@ class ResTTrainer(EnvironmentTrainer, ResamplingTrainer, SharedPromptTrainer):
         if self.on_generated is not None:
             self.on_generated(batch[RESPONSE_INDEX])
         return {**batch, REGION_LABELS: regions_BT}
+
+    # As in `make_tool_reward`, so that the stages' rewards add up to its reward.
+    def split_response(self, row: Mapping[str, Any], ids: Sequence[int]) -> tuple[list[float], list[int]]:
+        """Return the rewards of a response's stages (`split_reward`), and the stage of each of its tokens."""
+        args, steps, tags = cast(ResTConfig, self.args), optimizer_steps_per_batch(self.args), self._format.tags
+        text, is_cut = decode_ids(ids, self._text_tokenizer, tags), not has_ended(ids, self._stop_ids)
+        judgement = judge(text, parse_gold(row["gold"]), self._format, truncated=is_cut)
+        progress, batch = compute_progress(self.state, args.progress_steps), self.state.global_step // steps + 1
+        split = split_reward(judgement, self._format, self._method.reward, progress, batch)
+        lengths = token_char_lengths(ids, self._text_tokenizer, tags)
+        return list(split.rewards), find_part_stages(lengths, split.ends)
 
     # The override. `inputs` is a micro-batch from TRL's buffer, which num_iterations > 1 reads again: it is copied, and
     # only the copy gets the weighted advantages (B, T) in place of (B,). `super()` then computes TRL's own loss, so
@@ -478,6 +493,18 @@ class ResTTrainer(EnvironmentTrainer, ResamplingTrainer, SharedPromptTrainer):
         if self.accelerator.num_processes == 1:
             return sums
         return cast(Tensor, self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")).cpu()
+
+
+# Without rollouts, stages are parts of the rule reward.
+def _check_single_turn_credit(args: ResTConfig, reward: Any) -> None:
+    if args.credit != "return_to_go":
+        problem = f"rest.credit is {args.credit!r}, but there is no environment"
+        raise UserError(problem, "return_to_go or outcome", "set env.path, or change rest.credit")
+    if not (reward is None or getattr(reward, "is_rule_reward", False)) or not isinstance(
+        args.method().reward, RewardConfig
+    ):
+        problem = "rest.credit is 'return_to_go', but the reward does not come in parts"
+        raise UserError(problem, "the rule reward", "remove rest.credit, or the other reward")
 
 
 def _check_gold_column(dataset: Any) -> None:
