@@ -1,23 +1,28 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
+import trl
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rest_rl.config import ModelTable
 from rest_rl.data.layout import PromptLayout
 from rest_rl.envs.guard import Limits
+from rest_rl.envs.load import load_environment
 from rest_rl.envs.rollout import Generated, Rollouts, derive_seed
 from rest_rl.envs.session import Result
 from rest_rl.errors import UserError
 from rest_rl.formats import FORMATS
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region, ToolCall
-from rest_rl.train.policy import load_policy_tokenizer
+from rest_rl.train.policy import load_policy, load_policy_tokenizer
 from rest_rl.train.prompts import build_dataset, build_training_dataset
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.live_environment import TEMPLATE, Counter, Hostile, describe
@@ -111,8 +116,6 @@ def test_three_turns_token_by_token(embedded_tokenizer, name):
     assert found.events == {"unknown tool": 1, "stop: answered": 1}
     assert found.states == ({"sum": 0}, {"sum": 3})
     # Regions are those of each turn for itself.
-    import torch
-
     ids_BT, mask_BT = torch.tensor([found.ids]), torch.tensor([found.mask])
     regions = tag_regions(ids_BT, mask_BT, embedded_tokenizer, f)[0].tolist()
     for turn in found.turns:
@@ -535,3 +538,103 @@ def test_other_credits_and_rewards_need_an_environment(tokenizer, tmp_path):
         args = ResTConfig(**tiny_settings(tmp_path, preset="grpo", **changes))
         with pytest.raises(UserError):
             ResTTrainer(tiny_model(tokenizer), reward_funcs=reward, args=args, **settings)
+
+
+# TRL's own loop over tools
+
+
+class Weather:
+    """An environment in TRL's form, which earns a third per call."""
+
+    def reset(self, **row):
+        self.calls = 0
+
+    def check(self, city: str) -> str:
+        """Check the weather.
+
+        Args:
+            city: The city.
+        """
+        self.calls += 1
+        return f"{city} is sunny"
+
+    def get_reward(self):
+        return self.calls / 3
+
+
+def qwen3_tokenizer():
+    made = load_policy_tokenizer(ModelTable())
+    made.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    return made
+
+
+def say_by_member(trainer_class, tokenizer):
+    """A trainer whose policy follows a script by the member's number in its group, and whose batches are kept."""
+
+    def write(city, number):
+        call = f'<tool_call>\n{{"name": "check", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
+        return "\n".join([call] * number)
+
+    class Scripted(trainer_class):
+        batches = None
+
+        def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+            ids = []
+            for row, prompt in enumerate(prompt_ids):
+                said = tokenizer.decode(prompt).split("<|im_start|>user\n", 1)[1]
+                member = int(found[1]) if (found := re.search(r"city(\d)", said)) else row % 4
+                turn = said.count("<|im_start|>user\n<tool_response>")
+                texts = {0: ["no"], 1: [write("city1", 1), "done"], 2: [write("city2", 2), "done"]}
+                texts[3] = [write("city3", 1), write("city3", 1), "done"]
+                ids.append(
+                    [*tokenizer(texts[member][turn], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+                )
+            return ids, None
+
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            self.batches = [*(self.batches or []), batch]
+            return batch
+
+    return Scripted
+
+
+def test_rollouts_equal_those_of_trl(tmp_path):
+    tokenizer = qwen3_tokenizer()
+    rows = [{"id": str(n), "prompt": [{"role": "user", "content": "do"}]} for n in range(4)]
+    shared = tiny_settings("", max_completion_length=400, max_steps=1, learning_rate=1e-2)
+    del shared["output_dir"]
+    stock = say_by_member(GRPOTrainer, tokenizer)(
+        load_policy(ModelTable())[0],
+        reward_funcs=[],
+        args=GRPOConfig(str(tmp_path / "stock"), loss_type="grpo", use_bias_correction_kl=False, **shared),
+        train_dataset=build_dataset(rows),
+        processing_class=tokenizer,
+        environment_factory=Weather,
+    )
+    own_tokenizer = qwen3_tokenizer()
+    layout = PromptLayout(own_tokenizer, "hermes", context=1024)
+    assert layout.is_native
+    tasks = [{"prompt": row["id"], "id": row["id"], "task": json.dumps(row), "session_seed": 0} for row in rows]
+    ours = say_by_member(ResTTrainer, own_tokenizer)(
+        load_policy(ModelTable())[0],
+        reward_funcs=total_reward,
+        args=ResTConfig(
+            str(tmp_path / "ours"), preset="grpo", tool_format="hermes", credit="outcome", share_prompts=False, **shared
+        ),
+        train_dataset=build_dataset(tasks),
+        processing_class=own_tokenizer,
+        rollouts=Rollouts(load_environment(Weather, tasks=rows), layout, Limits(), [own_tokenizer.eos_token_id], 96),
+    )
+    for trainer in (stock, ours):
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    (expected,), (found,) = stock.batches, ours.batches
+    assert sorted(expected["tool_mask"].diff().eq(1).sum(1).tolist()) == [0, 0, 1, 1, 1, 1, 2, 2]  # later turns
+    for name in ("prompt_ids", "completion_ids", "completion_mask", "tool_mask", "advantages"):
+        assert torch.equal(expected[name], found[name]), name
+    (expected,), (found,) = logged_steps(stock), logged_steps(ours)
+    for name in ("reward", "reward_std", "num_tokens", "completions/mean_length"):
+        assert expected[name] == found[name]
+    for name in ("grad_norm", "entropy"):  # TRL shuffles the rows, so sums are rounded differently
+        assert expected[name] == pytest.approx(found[name], rel=1e-6)
