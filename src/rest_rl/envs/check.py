@@ -163,6 +163,9 @@ class _Measurements:
         unscored = sum(r.reward is None for rollouts in self.rollouts.values() for r in rollouts)
         if not rewards:
             findings.append(Finding("rewards", "failed", "no rollout was scored: every reward is None"))
+        elif min(rewards) == max(rewards) and not self.has_gold:
+            text = f"every rollout gets {rewards[0]:g}, but nothing calls the right tools: add gold_calls()"
+            findings.append(Finding("rewards", "warning", text))
         elif min(rewards) == max(rewards):
             findings.append(Finding("rewards", "failed", f"every rollout gets {rewards[0]:g}: nothing can be learned"))
         else:

@@ -1,0 +1,83 @@
+"""Three tools of your own, and a small model that learns to use them: a calendar, arithmetic and a table of units.
+
+    rest-rl env check examples/own_tools.py:Assistant      what is wrong with the tools, in seconds
+    python examples/own_tools.py                           trains SmolLM2 (135 million parameters) on a CPU
+
+`Assistant` is an environment in TRL's form: one instance per rollout, `reset` sets a task up, public methods are the
+tools, and `get_reward` scores the rollout.
+"""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from typing import Literal
+
+import rest_rl
+
+TITLES = ("lunch", "call with Ana", "team meeting", "dentist", "review", "train to Lyon", "interview", "gym")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
+UNITS = {"meters": 1.0, "kilometers": 1000.0, "miles": 1609.344, "feet": 0.3048}
+OPERATIONS = {"plus": "+", "minus": "-", "times": "*"}
+
+
+class Assistant:
+    """An assistant with a calendar in SQLite; it keeps what its tools did."""
+
+    def _open(self) -> None:
+        self.calendar, self.results = sqlite3.connect(":memory:"), list[float]()
+        self.calendar.execute("CREATE TABLE events (day TEXT, title TEXT)")
+
+    def reset(self, seed: int, **task: str) -> str:
+        self._open()
+        rng = random.Random(seed)
+        (a, b), word, units = rng.sample(range(12, 100), 2), rng.choice(tuple(OPERATIONS)), rng.sample(tuple(UNITS), 2)
+        event = {"day": rng.choice(DAYS), "title": rng.choice(TITLES)}
+        self.wanted, request = rng.choice((
+            (("add_event", event), f"Put {event['title']} into my calendar on {event['day']}."),
+            (("calculate", {"a": a, "operation": OPERATIONS[word], "b": b}), f"How much is {a} {word} {b}?"),
+            (("convert", {"amount": a, "unit": units[0], "target": units[1]}), f"Convert {a} {' to '.join(units)}."),
+        ))  # fmt: skip
+        return request
+
+    def add_event(self, day: Literal["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"], title: str) -> str:
+        """Add an event to the calendar."""
+        self.calendar.execute("INSERT INTO events VALUES (?, ?)", (day, title))
+        return f"added {title} on {day}"
+
+    def calculate(self, a: float, operation: Literal["+", "-", "*"], b: float) -> float:
+        """Calculate with two numbers."""
+        self.results.append({"+": a + b, "-": a - b, "*": a * b}[operation])
+        return self.results[-1]
+
+    def convert(
+        self, amount: float, unit: Literal["meters", "kilometers", "miles", "feet"],
+        target: Literal["meters", "kilometers", "miles", "feet"],
+    ) -> float:  # fmt: skip
+        """Convert a length to another unit."""
+        self.results.append(round(amount * UNITS[unit] / UNITS[target], 3))
+        return self.results[-1]
+
+    def gold_calls(self) -> list[dict[str, object]]:
+        return [{"name": self.wanted[0], "arguments": self.wanted[1]}]
+
+    def get_reward(self) -> float:
+        """One point if the tools did what the user asked for, and nothing else."""
+        done = self._list_effects()
+        self._open()
+        getattr(self, self.wanted[0])(**self.wanted[1])
+        return float(done == self._list_effects())
+
+    def _list_effects(self) -> list[object]:
+        return [*self.calendar.execute("SELECT day, title FROM events"), *self.results]
+
+
+SETTINGS = ["env.turns=3", "data.num_samples=200", "eval.prompts=24", "eval.low_temperature=0", "trl.max_steps=12",
+            "trl.learning_rate=2e-5", "trl.max_completion_length=80"]  # fmt: skip
+
+if __name__ == "__main__":
+    result = rest_rl.train(env=Assistant, model="smollm2", out="runs/own-tools", overrides=SETTINGS)
+    assert result.before
+    assert result.after
+    before, after = (100 * scores["greedy"]["exact_match"] for scores in (result.before, result.after))
+    print(f"greedy success on held-out tasks: {before:.0f} % before, {after:.0f} % after {result.steps} steps")
