@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import random
 import sqlite3
-from typing import Literal
+from typing import Literal, get_args
 
 import rest_rl
 
 TITLES = ("lunch", "call with Ana", "team meeting", "dentist", "review", "train to Lyon", "interview", "gym")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
+Day = Literal["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"]
+Unit = Literal["meters", "kilometers", "miles", "feet"]
 UNITS = {"meters": 1.0, "kilometers": 1000.0, "miles": 1609.344, "feet": 0.3048}
 OPERATIONS = {"plus": "+", "minus": "-", "times": "*"}
 
@@ -32,7 +33,7 @@ class Assistant:
         self._open()
         rng = random.Random(seed)
         (a, b), word, units = rng.sample(range(12, 100), 2), rng.choice(tuple(OPERATIONS)), rng.sample(tuple(UNITS), 2)
-        event = {"day": rng.choice(DAYS), "title": rng.choice(TITLES)}
+        event = {"day": rng.choice(get_args(Day)), "title": rng.choice(TITLES)}
         self.wanted, request = rng.choice((
             (("add_event", event), f"Put {event['title']} into my calendar on {event['day']}."),
             (("calculate", {"a": a, "operation": OPERATIONS[word], "b": b}), f"How much is {a} {word} {b}?"),
@@ -40,7 +41,7 @@ class Assistant:
         ))  # fmt: skip
         return request
 
-    def add_event(self, day: Literal["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"], title: str) -> str:
+    def add_event(self, day: Day, title: str) -> str:
         """Add an event to the calendar."""
         self.calendar.execute("INSERT INTO events VALUES (?, ?)", (day, title))
         return f"added {title} on {day}"
@@ -50,10 +51,7 @@ class Assistant:
         self.results.append({"+": a + b, "-": a - b, "*": a * b}[operation])
         return self.results[-1]
 
-    def convert(
-        self, amount: float, unit: Literal["meters", "kilometers", "miles", "feet"],
-        target: Literal["meters", "kilometers", "miles", "feet"],
-    ) -> float:  # fmt: skip
+    def convert(self, amount: float, unit: Unit, target: Unit) -> float:
         """Convert a length to another unit."""
         self.results.append(round(amount * UNITS[unit] / UNITS[target], 3))
         return self.results[-1]
