@@ -2,11 +2,13 @@
 
     OMP_NUM_THREADS=2 python -m research.warm_start --out model          the embedded model, in seven minutes
     python -m research.warm_start --set decision=call --out runs/call    the model of the second tool world
+    python -m research.warm_start --set world=shop --out shop            the model of the shop, in MINUTES minutes
 
 Training has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean: correct
 demonstrations. Narrow: most demonstrations make exactly one call, whatever the request needs. The model then almost
 never makes two calls or refuses, although it once could; reinforcement learning has to find out when one call is wrong.
-It is sure of its mistakes: a lower temperature does not correct them.
+It is sure of its mistakes: a lower temperature does not correct them. In the shop, demonstrations are whole dialogues,
+and most of those in the narrow stage are careless: they take the wrong order, or stop after an error.
 
 The training loop is written out here because the data are generated on the fly, the stages share one optimizer, and the
 head is applied only to labeled positions. A Trainer would add its bookkeeping to steps of a tenth of a second.
@@ -22,17 +24,20 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from research import shop_model
 from research.command import run_command
 from research.demonstrations import render_demonstration, render_single_call
 from research.tool_world_model import build_model, build_recall_batch, build_tokenizer
 from rest_rl.config import apply_overrides, override_fields
+from rest_rl.data import shop
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, decompose
 from rest_rl.data.tool_world import FILLER, Decision, dialogues
@@ -47,6 +52,7 @@ RECORD_FILE = "warm_start.json"
 class WarmStartConfig:
     """The recipe of the shipped model; we found all values by trial."""
 
+    world: Literal["tool_world", "shop"] = "tool_world"
     seed: int = 0
     hidden: int = 128
     layers: int = 3
@@ -62,6 +68,8 @@ class WarmStartConfig:
     narrow_learning_rate: float = 1e-3
     single_call: float = 0.9
     """Share of the narrow stage's demonstrations that make exactly one call, whatever the request needs."""
+    careless: float = 0.9
+    """Share of the narrow stage's careless demonstrations in the shop."""
     decision: Decision = "reasoning"
     """Where demonstrations decide what to call: in the reasoning, or in the call after filler reasoning."""
     # Filler is random and cannot be predicted; trained on in full, its loss would swamp the loss of the call.
@@ -76,6 +84,9 @@ class WarmStartConfig:
             raise UserError(f"hidden is {self.hidden}", "a multiple of 8, at least 64", "try 128")
         if self.decision not in get_args(Decision) or not 0 < self.filler_share <= 1:
             expected = "decision reasoning or call, and filler_share in (0, 1]"
+            raise UserError(f"a value of the recipe is out of range: {self}", expected, "change it")
+        if self.world not in ("tool_world", "shop") or not 0 <= self.careless <= 1:
+            expected = "world tool_world or shop, and careless in [0, 1]"
             raise UserError(f"a value of the recipe is out of range: {self}", expected, "change it")
         if not (0 <= self.single_call <= 1 and self.learning_rate > 0 and self.narrow_learning_rate > 0):
             expected = "single_call in [0, 1] and learning rates > 0"
@@ -115,17 +126,16 @@ def warm_start(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
-    tokenizer = build_tokenizer(config.decision)
-    model = build_model(tokenizer, hidden=config.hidden, layers=config.layers)
+    tokenizer = shop_model.build_tokenizer() if config.world == "shop" else build_tokenizer(config.decision)
+    # Copying an id takes one step more in the shop, from the word before the word before its key.
+    offsets = (1, 2, 3, 4) if config.world == "shop" else (1, 2, 3)
+    model = build_model(tokenizer, hidden=config.hidden, layers=config.layers, offsets=offsets)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
     # beta2 = 0.98 adapts faster than the default when the loss changes between stages.
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     # One generator and one optimizer for all stages: the order of the draws is part of the recipe.
-    pairs = (config.recall_batch, config.recall_pairs, config.decision)
-    recall = (Batch(*build_recall_batch(tokenizer, rng, *pairs)) for _ in iter(int, 1))
-    world, layout = generate_samples(config.seed, config.decision), PromptLayout(tokenizer)
-    clean = generate_batches(world, layout, rng, config)
-    narrow = generate_batches(world, layout, rng, config, config.single_call)
+    draw = draw_shop_batches if config.world == "shop" else draw_tool_world_batches
+    recall, clean, narrow = draw(config, tokenizer, rng)
     stages = (
         (Stage("recall", config.recall_steps, config.learning_rate, 0.0, config.recall_accuracy), recall),
         (Stage("clean", config.clean_steps, config.learning_rate, 0.5), clean),
@@ -140,6 +150,30 @@ def warm_start(
     tokenizer.save_pretrained(out)
     (out / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return out
+
+
+def draw_tool_world_batches(config: WarmStartConfig, tokenizer: Any, rng: random.Random) -> list[Iterator[Batch]]:
+    # The endless batches of the stages.
+    pairs = (config.recall_batch, config.recall_pairs, config.decision)
+    recall = (Batch(*build_recall_batch(tokenizer, rng, *pairs)) for _ in iter(int, 1))
+    world, layout = generate_samples(config.seed, config.decision), PromptLayout(tokenizer)
+    clean = generate_batches(world, layout, rng, config)
+    return [recall, clean, generate_batches(world, layout, rng, config, config.single_call)]
+
+
+def draw_shop_batches(config: WarmStartConfig, tokenizer: Any, rng: random.Random) -> list[Iterator[Batch]]:
+    tasks = shop.tasks(1_000_000 + config.seed)
+
+    def encode(careless: float) -> tuple[list[int], list[int]]:
+        return shop_model.encode_dialogue(shop_model.demonstrate(next(tasks), rng, careless), tokenizer)
+
+    def draw(size: int, make_row: Callable[[], tuple[list[int], list[int]]]) -> Iterator[Batch]:
+        while True:
+            yield pad_batch([make_row() for _ in range(size)], tokenizer.pad_token_id)
+
+    recall = draw(config.recall_batch, lambda: shop_model.build_recall_row(tokenizer, rng, config.recall_pairs))
+    clean, narrow = (draw(config.batch_size, partial(encode, careless)) for careless in (0.0, config.careless))
+    return [recall, clean, narrow]
 
 
 def generate_samples(seed: int, decision: Decision = "reasoning") -> Iterator[ToolSample]:
