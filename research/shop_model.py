@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import random
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from research import tool_world_model
 from research.tool_world_model import EOS, TURN, build_tokenizer_of
 from rest_rl.data import shop
 from rest_rl.data.samples import Dialogue
+from rest_rl.train.named_models import embedded_model_dir
 from rest_rl.train.prompts import IGNORED_LABEL
 
 _PIECES = (
@@ -52,6 +57,27 @@ GIVE_UP, STOP_EARLY = 0.6, 0.5
 def build_tokenizer() -> Any:
     """Return a byte-level tokenizer with one token per piece of the shop; other text is split into bytes."""
     return build_tokenizer_of(_PIECES, CHAT_TEMPLATE, _build_corpus)
+
+
+@torch.no_grad()
+def build_model(tokenizer: Any) -> Any:
+    """Return the embedded model with the embeddings of another tokenizer: its layers can copy, which takes long to learn.
+
+    Tokens of both tokenizers keep their embeddings. Each other token gets that of a token which only the embedded model
+    has, with some noise, because its layers look for the same embedding and not for a word.
+    """
+    trained = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
+    old = AutoTokenizer.from_pretrained(embedded_model_dir()).get_vocab()
+    new = tokenizer.get_vocab()
+    model = tool_world_model.build_model(tokenizer, hidden=trained.config.hidden_size)
+    layers = {name: value for name, value in trained.state_dict().items() if "embed" not in name and "head" not in name}
+    model.load_state_dict(layers, strict=False)
+    before, after = trained.get_input_embeddings().weight, model.get_input_embeddings().weight
+    free = itertools.cycle([old[token] for token in sorted(old) if token not in new])
+    for token, at in sorted(new.items()):
+        noise = 0.0 if token in old else 0.2 * before.std() * torch.randn(before.shape[1])
+        after[at] = before[old[token] if token in old else next(free)] + noise
+    return model
 
 
 def _build_corpus(tokenizer: Any) -> Iterator[str]:
@@ -110,23 +136,3 @@ def demonstrate(task: Mapping[str, Any], rng: random.Random, careless: float = 0
     elif rng.random() < STOP_EARLY:
         steps = steps[: failed + 2]
     return shop.make_dialogue(task, steps)
-
-
-def build_recall_row(tokenizer: Any, rng: random.Random, pairs: int) -> tuple[list[int], list[int]]:
-    """Return a list of `pairs` records, then their values in another order, which have the only labels."""
-    products = zip(rng.sample(shop.ITEMS, pairs), rng.sample(shop.COLORS, pairs), strict=True)
-    numbers = rng.sample(shop.NUMBERS, pairs)
-    key, letter = rng.choice((("order", "o"), ("file", "f")))
-    records = [
-        {"item": item, "color": color, key: f"{letter}-{number}"}
-        for (item, color), number in zip(products, numbers, strict=True)
-    ]
-    ids = tokenizer(json.dumps({f"{key}s": records}))["input_ids"]
-    labels = [IGNORED_LABEL] * len(ids)
-    for record in rng.sample(records, pairs):
-        words = list(record.values())[rng.randrange(2) :]
-        for at, word in enumerate(words):
-            pieces = tokenizer(f' "{word}"')["input_ids"]
-            ids += pieces
-            labels += [IGNORED_LABEL, *(pieces[1:-1] if at else [IGNORED_LABEL] * (len(pieces) - 2)), IGNORED_LABEL]
-    return ids, labels

@@ -112,9 +112,7 @@ def _build_corpus(tokenizer: Any, decision: Decision) -> list[str]:
     return prompts + [render_demonstration(sample) for sample in samples]
 
 
-def build_model(
-    tokenizer: Any, *, hidden: int = 128, layers: int = 3, offsets: Sequence[int] = (1, 2, 3)
-) -> Qwen3ForCausalLM:
+def build_model(tokenizer: Any, *, hidden: int = 128, layers: int = 3) -> Qwen3ForCausalLM:
     """Return a stock Qwen3 model with about half a million parameters, tied embeddings and float32 weights."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -135,7 +133,7 @@ def build_model(
     model = Qwen3ForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    initialize_shift_heads(model, offsets)
+    initialize_shift_heads(model)
     return model
 
 

@@ -24,7 +24,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -50,7 +49,7 @@ RECORD_FILE = "warm_start.json"
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """The recipe of the shipped model; we found all values by trial."""
+    """The recipe of a shipped model; we found all values by trial."""
 
     world: Literal["tool_world", "shop"] = "tool_world"
     seed: int = 0
@@ -93,6 +92,13 @@ class WarmStartConfig:
             raise UserError(f"a value of the recipe is out of range: {self}", expected, "change it")
 
 
+RECIPES = {
+    "tool_world": WarmStartConfig(),
+    "shop": WarmStartConfig("shop", recall_steps=0, clean_steps=400, narrow_steps=100, batch_size=16),
+}
+"""The recipes of the shipped models."""
+
+
 class Batch(NamedTuple):
     """Token ids and labels, both (B, T), padded on the right; labels are -100 for tokens that are not trained on."""
 
@@ -126,24 +132,25 @@ def warm_start(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
-    tokenizer = shop_model.build_tokenizer() if config.world == "shop" else build_tokenizer(config.decision)
-    # Copying an id takes one step more in the shop, from the word before the word before its key.
-    offsets = (1, 2, 3, 4) if config.world == "shop" else (1, 2, 3)
-    model = build_model(tokenizer, hidden=config.hidden, layers=config.layers, offsets=offsets)
+    if config.world == "shop":
+        tokenizer = shop_model.build_tokenizer()
+        model = shop_model.build_model(tokenizer)
+    else:
+        tokenizer = build_tokenizer(config.decision)
+        model = build_model(tokenizer, hidden=config.hidden, layers=config.layers)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
     # beta2 = 0.98 adapts faster than the default when the loss changes between stages.
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     # One generator and one optimizer for all stages: the order of the draws is part of the recipe.
-    draw = draw_shop_batches if config.world == "shop" else draw_tool_world_batches
-    recall, clean, narrow = draw(config, tokenizer, rng)
+    batches = (draw_shop_batches if config.world == "shop" else draw_tool_world_batches)(config, tokenizer, rng)
     stages = (
-        (Stage("recall", config.recall_steps, config.learning_rate, 0.0, config.recall_accuracy), recall),
-        (Stage("clean", config.clean_steps, config.learning_rate, 0.5), clean),
-        (Stage("narrow", config.narrow_steps, config.narrow_learning_rate, 0.5), narrow),
+        Stage("recall", config.recall_steps, config.learning_rate, 0.0, config.recall_accuracy),
+        Stage("clean", config.clean_steps, config.learning_rate, 0.5),
+        Stage("narrow", config.narrow_steps, config.narrow_learning_rate, 0.5),
     )
     record: dict[str, Any] = {"recipe": dataclasses.asdict(config)}
-    for stage, batches in stages:
-        record[stage.name] = done = run_stage(model, optimizer, batches, stage)
+    for stage in stages:
+        record[stage.name] = done = run_stage(model, optimizer, batches[stage.name], stage)
         log(f"{stage.name}: {done['steps']} steps, loss {done['loss']:.3f}, accuracy {done['accuracy']:.3f}")
     model.eval()
     model.save_pretrained(out)
@@ -152,28 +159,26 @@ def warm_start(
     return out
 
 
-def draw_tool_world_batches(config: WarmStartConfig, tokenizer: Any, rng: random.Random) -> list[Iterator[Batch]]:
-    # The endless batches of the stages.
+def draw_tool_world_batches(config: WarmStartConfig, tokenizer: Any, rng: random.Random) -> dict[str, Iterator[Batch]]:
+    # The endless batches of each stage.
     pairs = (config.recall_batch, config.recall_pairs, config.decision)
     recall = (Batch(*build_recall_batch(tokenizer, rng, *pairs)) for _ in iter(int, 1))
     world, layout = generate_samples(config.seed, config.decision), PromptLayout(tokenizer)
-    clean = generate_batches(world, layout, rng, config)
-    return [recall, clean, generate_batches(world, layout, rng, config, config.single_call)]
+    narrow = generate_batches(world, layout, rng, config, config.single_call)
+    return {"recall": recall, "clean": generate_batches(world, layout, rng, config), "narrow": narrow}
 
 
-def draw_shop_batches(config: WarmStartConfig, tokenizer: Any, rng: random.Random) -> list[Iterator[Batch]]:
+def draw_shop_batches(config: WarmStartConfig, tokenizer: Any, rng: random.Random) -> dict[str, Iterator[Batch]]:
     tasks = shop.tasks(1_000_000 + config.seed)
 
-    def encode(careless: float) -> tuple[list[int], list[int]]:
-        return shop_model.encode_dialogue(shop_model.demonstrate(next(tasks), rng, careless), tokenizer)
-
-    def draw(size: int, make_row: Callable[[], tuple[list[int], list[int]]]) -> Iterator[Batch]:
+    def draw(careless: float) -> Iterator[Batch]:
         while True:
-            yield pad_batch([make_row() for _ in range(size)], tokenizer.pad_token_id)
+            chosen = itertools.islice(tasks, config.batch_size)
+            drawn = [shop_model.demonstrate(task, rng, careless) for task in chosen]
+            rows = [shop_model.encode_dialogue(dialogue, tokenizer) for dialogue in drawn]
+            yield pad_batch(rows, tokenizer.pad_token_id)
 
-    recall = draw(config.recall_batch, lambda: shop_model.build_recall_row(tokenizer, rng, config.recall_pairs))
-    clean, narrow = (draw(config.batch_size, partial(encode, careless)) for careless in (0.0, config.careless))
-    return [recall, clean, narrow]
+    return {"recall": iter(()), "clean": draw(0.0), "narrow": draw(config.careless)}
 
 
 def generate_samples(seed: int, decision: Decision = "reasoning") -> Iterator[ToolSample]:
@@ -259,7 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     silence_transformers()
 
     def work() -> None:
-        warm_start(override_fields(WarmStartConfig(), apply_overrides({}, arguments.set), "recipe"), arguments.out)
+        changes = apply_overrides({}, arguments.set)
+        recipe = RECIPES.get(str(changes.get("world")), WarmStartConfig())
+        warm_start(override_fields(recipe, changes, "recipe"), arguments.out)
 
     return run_command(work)
 
