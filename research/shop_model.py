@@ -61,10 +61,10 @@ def build_tokenizer() -> Any:
 
 @torch.no_grad()
 def build_model(tokenizer: Any) -> Any:
-    """Return the embedded model with the embeddings of another tokenizer: its layers can copy, which takes long to learn.
+    """Return the embedded model with embeddings for another tokenizer: its layers can copy, which takes long to learn.
 
     Tokens of both tokenizers keep their embeddings. Each other token gets that of a token which only the embedded model
-    has, with some noise, because its layers look for the same embedding and not for a word.
+    has, with some noise: the layers compare embeddings and do not know words.
     """
     trained = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
     old = AutoTokenizer.from_pretrained(embedded_model_dir()).get_vocab()
@@ -83,11 +83,14 @@ def build_model(tokenizer: Any) -> Any:
 def _build_corpus(tokenizer: Any) -> Iterator[str]:
     rng = random.Random(0)
     for split in shop.SPLITS:
-        for task in islice(shop.tasks(0, split), 400):
+        for task in islice(shop.tasks(0, split), 60):
             yield render_dialogue(shop.make_dialogue(task, shop.solve(task)), tokenizer)
             yield from _draw_results(rng, task["state"])
     words = [*shop.FIRST_NAMES, *shop.ITEMS, *shop.COLORS, *shop.CITIES, *shop.FOLDERS]
-    yield " ".join(f'"{word}"' for word in words)
+    ids = [f"{letter}-{number}" for letter in "cof" for number in shop.NUMBERS]
+    houses = [f"{shop.CITIES[0]}-{number}" for number in shop.NUMBERS]
+    yield " ".join(f'"{text}"' for text in (*words, *ids, *houses))
+    yield " ".join(("", *shop.LAST_NAMES))
 
 
 # The results of a random call of each tool, among them all errors.
