@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -21,13 +20,17 @@ from rest_rl.train.prompts import IGNORED_LABEL
 _PIECES = (
     r"[ \n]?</?(?:think|tool_call|response)>\n?",
     r"(?:system|user|assistant|tool)\n",
-    r' ?\{?"[a-z]+": "?',
-    r'"[\]},]*| "|\): | (?=\d)',
+    r'(?:"\}?, )?\{?"[a-z]+": "?',
+    r'" "|"[\]}]*| "|\): | (?=\d)',
     r"[cof]-\d\d",
     r" ?[A-Za-z]+|_[a-z]+|-\d\d|\n?-(?= )",
     r"[\s\S]",
 )
-"""Pre-tokens. Ids are one token, and a quoted text has the same ids everywhere, because the model has to copy both."""
+"""Pre-tokens. Ids are one token, and a quoted text has the same ids everywhere, because the model has to copy both.
+
+Between two values of a record is one token, as between a word and a name in the tool world: the embedded model, with
+which training starts, finds what follows a word and one token more.
+"""
 
 CHAT_TEMPLATE = """\
 {%- if tools or messages[0].role == 'system' %}<|im_start|>system
@@ -64,7 +67,7 @@ def build_model(tokenizer: Any) -> Any:
     """Return the embedded model with embeddings for another tokenizer: its layers can copy, which takes long to learn.
 
     Tokens of both tokenizers keep their embeddings. Each other token gets that of a token which only the embedded model
-    has, with some noise: the layers compare embeddings and do not know words.
+    has, with some noise if an earlier one got it too: the layers compare embeddings and do not know words.
     """
     trained = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
     old = AutoTokenizer.from_pretrained(embedded_model_dir()).get_vocab()
@@ -73,10 +76,14 @@ def build_model(tokenizer: Any) -> Any:
     layers = {name: value for name, value in trained.state_dict().items() if "embed" not in name and "head" not in name}
     model.load_state_dict(layers, strict=False)
     before, after = trained.get_input_embeddings().weight, model.get_input_embeddings().weight
-    free = itertools.cycle([old[token] for token in sorted(old) if token not in new])
-    for token, at in sorted(new.items()):
-        noise = 0.0 if token in old else 0.2 * before.std() * torch.randn(before.shape[1])
-        after[at] = before[old[token] if token in old else next(free)] + noise
+    free = sorted(at for token, at in old.items() if token not in new)
+    random.Random(0).shuffle(free)
+    unknown = sorted(token for token in new if token not in old)
+    for count, token in enumerate(unknown):
+        noise = 0.2 * before.std() * torch.randn(before.shape[1]) if count >= len(free) else 0.0
+        after[new[token]] = before[free[count % len(free)]] + noise
+    for token in new.keys() & old.keys():
+        after[new[token]] = before[old[token]]
     return model
 
 

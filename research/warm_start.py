@@ -94,7 +94,7 @@ class WarmStartConfig:
 
 RECIPES = {
     "tool_world": WarmStartConfig(),
-    "shop": WarmStartConfig("shop", recall_steps=0, clean_steps=300, narrow_steps=100, batch_size=16),
+    "shop": WarmStartConfig("shop", recall_steps=0, clean_steps=450, narrow_steps=100, batch_size=16),
 }
 """The recipes of the shipped models."""
 

@@ -134,8 +134,9 @@ def test_the_model_starts_with_the_layers_and_the_known_embeddings_of_the_embedd
         if "embed" not in name and "head" not in name:
             assert torch.equal(start[name], value)
     before, after = trained.get_input_embeddings().weight, start["model.embed_tokens.weight"]
-    for token, at in TOKENIZER.get_vocab().items():
-        assert torch.equal(after[at], before[old[token]]) == (token in old) if token in old else True
+    shared = TOKENIZER.get_vocab().keys() & old.keys()
+    assert len(shared) > 300
+    assert all(torch.equal(after[TOKENIZER.get_vocab()[token]], before[old[token]]) for token in shared)
     assert after.std().item() == pytest.approx(before.std().item(), rel=0.1)
 
 
