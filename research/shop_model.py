@@ -51,9 +51,9 @@ CHAT_TEMPLATE = """\
 {% endif %}"""
 """Renders one tool per line as in a signature, and earlier turns with their reasoning, as a rollout keeps them."""
 
-FIRST_RECORD = {"refund": 0.65, "file": 0.65, "cancel": 0.2, "count": 0.2}
+FIRST_RECORD = {"refund": 0.8, "file": 0.8, "cancel": 0.15, "count": 0.15}
 """Share of careless demonstrations that take the first record of a list, whatever the request names."""
-GIVE_UP, STOP_EARLY = 0.6, 0.5
+GIVE_UP, STOP_EARLY = 0.8, 0.5
 """Shares of careless demonstrations that answer after an error, and of the others that answer after its fix."""
 
 
