@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ from rest_rl.data.tool_world import (
     tool_world,
 )
 
-EOS, PAD = "<|im_end|>", "<|endoftext|>"
-_TURN = "<|im_start|>"
+EOS, PAD, TURN = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
 
 _PIECES = (
     r"[ \n]?</?(?:think|tool_call|response)>\n?",
@@ -61,15 +60,29 @@ def build_tokenizer(decision: Decision = "reasoning") -> PreTrainedTokenizerFast
 
     `decode(encode(text)) == text` holds for every text.
     """
-    split = pre_tokenizers.Split(Regex("|".join(_PIECES)), behavior="isolated")
+    return build_tokenizer_of(_PIECES, CHAT_TEMPLATE, lambda tokenizer: _build_corpus(tokenizer, decision))
+
+
+def build_tokenizer_of(
+    pieces: Sequence[str], chat_template: str, build_corpus: Callable[[Any], Iterable[str]]
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer with one token for each pre-token of a corpus.
+
+    Args:
+        pieces: Regular expressions of the pre-tokens, the first that matches wins.
+        chat_template: The chat template.
+        build_corpus: Returns rendered texts for a tokenizer with this chat template, which knows only bytes.
+    """
+    split = pre_tokenizers.Split(Regex("|".join(pieces)), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     steps = pre_tokenizers.Sequence([split, to_bytes])
     # The vocabulary comes from rendered texts, which need a tokenizer with a chat template: a first one that knows only
     # bytes renders the corpus, and every pre-token found there becomes one token of the second.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    wrapped = _wrap_backend(_build_backend(alphabet, steps))
-    seen = {piece for text in _build_corpus(wrapped, decision) for piece, _ in steps.pre_tokenize_str(text)}
-    return _wrap_backend(_build_backend(alphabet + sorted(seen - set(alphabet)), steps))
+    corpus = build_corpus(_wrap_backend(_build_backend(alphabet, steps), chat_template))
+    parts = (part for text in corpus for part in text.replace(TURN, EOS).split(EOS))
+    seen = {piece for part in parts for piece, _ in steps.pre_tokenize_str(part)}
+    return _wrap_backend(_build_backend(alphabet + sorted(seen - set(alphabet)), steps), chat_template)
 
 
 def _build_backend(vocabulary: Sequence[str], steps: pre_tokenizers.PreTokenizer) -> Tokenizer:
@@ -78,27 +91,25 @@ def _build_backend(vocabulary: Sequence[str], steps: pre_tokenizers.PreTokenizer
     backend = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
     backend.pre_tokenizer = steps
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([PAD, _TURN, EOS])
+    backend.add_special_tokens([PAD, TURN, EOS])
     return backend
 
 
-def _wrap_backend(backend: Tokenizer) -> PreTrainedTokenizerFast:
+def _wrap_backend(backend: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=EOS,
         pad_token=PAD,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
 
 
 def _build_corpus(tokenizer: Any, decision: Decision) -> list[str]:
     samples = [sample for split in SPLITS for sample in tool_world(0, 600, split, decision=decision)]
-    texts = [PromptLayout(tokenizer).render(sample) for sample in samples] + [
-        render_demonstration(sample) for sample in samples
-    ]
-    return [part for text in texts for part in text.replace(_TURN, EOS).split(EOS)]
+    prompts = [PromptLayout(tokenizer).render(sample) for sample in samples]
+    return prompts + [render_demonstration(sample) for sample in samples]
 
 
 def build_model(tokenizer: Any, *, hidden: int = 128, layers: int = 3) -> Qwen3ForCausalLM:

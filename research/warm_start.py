@@ -2,11 +2,13 @@
 
     OMP_NUM_THREADS=2 python -m research.warm_start --out model          the embedded model, in seven minutes
     python -m research.warm_start --set decision=call --out runs/call    the model of the second tool world
+    python -m research.warm_start --set world=shop --out shop            the model of the shop, in MINUTES minutes
 
 Training has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean: correct
 demonstrations. Narrow: most demonstrations make exactly one call, whatever the request needs. The model then almost
 never makes two calls or refuses, although it once could; reinforcement learning has to find out when one call is wrong.
-It is sure of its mistakes: a lower temperature does not correct them.
+It is sure of its mistakes: a lower temperature does not correct them. In the shop, demonstrations are whole dialogues,
+and most of those in the narrow stage are careless: they take the wrong order, or stop after an error.
 
 The training loop is written out here because the data are generated on the fly, the stages share one optimizer, and the
 head is applied only to labeled positions. A Trainer would add its bookkeeping to steps of a tenth of a second.
@@ -23,16 +25,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from research import shop_model
 from research.command import run_command
 from research.demonstrations import render_demonstration, render_single_call
 from research.tool_world_model import build_model, build_recall_batch, build_tokenizer
 from rest_rl.config import apply_overrides, override_fields
+from rest_rl.data import shop
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, decompose
 from rest_rl.data.tool_world import FILLER, Decision, dialogues
@@ -45,8 +49,9 @@ RECORD_FILE = "warm_start.json"
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """The recipe of the shipped model; we found all values by trial."""
+    """The recipe of a shipped model; we found all values by trial."""
 
+    world: Literal["tool_world", "shop"] = "tool_world"
     seed: int = 0
     hidden: int = 128
     layers: int = 3
@@ -62,6 +67,8 @@ class WarmStartConfig:
     narrow_learning_rate: float = 1e-3
     single_call: float = 0.9
     """Share of the narrow stage's demonstrations that make exactly one call, whatever the request needs."""
+    careless: float = 0.9
+    """Share of the narrow stage's careless demonstrations in the shop."""
     decision: Decision = "reasoning"
     """Where demonstrations decide what to call: in the reasoning, or in the call after filler reasoning."""
     # Filler is random and cannot be predicted; trained on in full, its loss would swamp the loss of the call.
@@ -77,9 +84,19 @@ class WarmStartConfig:
         if self.decision not in get_args(Decision) or not 0 < self.filler_share <= 1:
             expected = "decision reasoning or call, and filler_share in (0, 1]"
             raise UserError(f"a value of the recipe is out of range: {self}", expected, "change it")
+        if self.world not in ("tool_world", "shop") or not 0 <= self.careless <= 1:
+            expected = "world tool_world or shop, and careless in [0, 1]"
+            raise UserError(f"a value of the recipe is out of range: {self}", expected, "change it")
         if not (0 <= self.single_call <= 1 and self.learning_rate > 0 and self.narrow_learning_rate > 0):
             expected = "single_call in [0, 1] and learning rates > 0"
             raise UserError(f"a value of the recipe is out of range: {self}", expected, "change it")
+
+
+RECIPES = {
+    "tool_world": WarmStartConfig(),
+    "shop": WarmStartConfig("shop", recall_steps=0, clean_steps=450, narrow_steps=100, batch_size=16),
+}
+"""The recipes of the shipped models."""
 
 
 class Batch(NamedTuple):
@@ -115,31 +132,53 @@ def warm_start(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
-    tokenizer = build_tokenizer(config.decision)
-    model = build_model(tokenizer, hidden=config.hidden, layers=config.layers)
+    if config.world == "shop":
+        tokenizer = shop_model.build_tokenizer()
+        model = shop_model.build_model(tokenizer)
+    else:
+        tokenizer = build_tokenizer(config.decision)
+        model = build_model(tokenizer, hidden=config.hidden, layers=config.layers)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
     # beta2 = 0.98 adapts faster than the default when the loss changes between stages.
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     # One generator and one optimizer for all stages: the order of the draws is part of the recipe.
-    pairs = (config.recall_batch, config.recall_pairs, config.decision)
-    recall = (Batch(*build_recall_batch(tokenizer, rng, *pairs)) for _ in iter(int, 1))
-    world, layout = generate_samples(config.seed, config.decision), PromptLayout(tokenizer)
-    clean = generate_batches(world, layout, rng, config)
-    narrow = generate_batches(world, layout, rng, config, config.single_call)
+    batches = (draw_shop_batches if config.world == "shop" else draw_tool_world_batches)(config, tokenizer, rng)
     stages = (
-        (Stage("recall", config.recall_steps, config.learning_rate, 0.0, config.recall_accuracy), recall),
-        (Stage("clean", config.clean_steps, config.learning_rate, 0.5), clean),
-        (Stage("narrow", config.narrow_steps, config.narrow_learning_rate, 0.5), narrow),
+        Stage("recall", config.recall_steps, config.learning_rate, 0.0, config.recall_accuracy),
+        Stage("clean", config.clean_steps, config.learning_rate, 0.5),
+        Stage("narrow", config.narrow_steps, config.narrow_learning_rate, 0.5),
     )
     record: dict[str, Any] = {"recipe": dataclasses.asdict(config)}
-    for stage, batches in stages:
-        record[stage.name] = done = run_stage(model, optimizer, batches, stage)
+    for stage in stages:
+        record[stage.name] = done = run_stage(model, optimizer, batches[stage.name], stage)
         log(f"{stage.name}: {done['steps']} steps, loss {done['loss']:.3f}, accuracy {done['accuracy']:.3f}")
     model.eval()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return out
+
+
+def draw_tool_world_batches(config: WarmStartConfig, tokenizer: Any, rng: random.Random) -> dict[str, Iterator[Batch]]:
+    # The endless batches of each stage.
+    pairs = (config.recall_batch, config.recall_pairs, config.decision)
+    recall = (Batch(*build_recall_batch(tokenizer, rng, *pairs)) for _ in iter(int, 1))
+    world, layout = generate_samples(config.seed, config.decision), PromptLayout(tokenizer)
+    narrow = generate_batches(world, layout, rng, config, config.single_call)
+    return {"recall": recall, "clean": generate_batches(world, layout, rng, config), "narrow": narrow}
+
+
+def draw_shop_batches(config: WarmStartConfig, tokenizer: Any, rng: random.Random) -> dict[str, Iterator[Batch]]:
+    tasks = shop.tasks(1_000_000 + config.seed)
+
+    def draw(careless: float) -> Iterator[Batch]:
+        while True:
+            chosen = itertools.islice(tasks, config.batch_size)
+            drawn = [shop_model.demonstrate(task, rng, careless) for task in chosen]
+            rows = [shop_model.encode_dialogue(dialogue, tokenizer) for dialogue in drawn]
+            yield pad_batch(rows, tokenizer.pad_token_id)
+
+    return {"recall": iter(()), "clean": draw(0.0), "narrow": draw(config.careless)}
 
 
 def generate_samples(seed: int, decision: Decision = "reasoning") -> Iterator[ToolSample]:
@@ -225,7 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     silence_transformers()
 
     def work() -> None:
-        warm_start(override_fields(WarmStartConfig(), apply_overrides({}, arguments.set), "recipe"), arguments.out)
+        changes = apply_overrides({}, arguments.set)
+        recipe = RECIPES.get(str(changes.get("world")), WarmStartConfig())
+        warm_start(override_fields(recipe, changes, "recipe"), arguments.out)
 
     return run_command(work)
 

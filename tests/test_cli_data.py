@@ -401,6 +401,14 @@ def test_office_writes_the_office(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "-n is 0, expected at least 1" in error_of(capsys, "office", "--out", out, "-n", 0)
 
 
+def test_shop_writes_the_shop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "shop.jsonl"
+    assert run(capsys, "shop", "--out", out, "-n", 30, "--seed", 5, "--split", "unseen_goals")[0] == 0
+    samples, report = load_dataset(str(out))
+    assert samples == open_world("shop").draw(5, 30, "unseen_goals")
+    assert report.kept == 30
+
+
 def test_the_command_is_fast_and_imports_no_torch(rows: Path) -> None:
     code = """
 import sys
@@ -415,7 +423,7 @@ print('torch' in sys.modules, file=sys.stderr)
     assert (done.stderr.strip(), json.loads(done.stdout)["rows"]) == ("False", 6)
 
 
-@pytest.mark.parametrize("action", ["", "check", "convert", "show", "split", "world", "office", "build"])
+@pytest.mark.parametrize("action", ["", "check", "convert", "show", "split", "world", "office", "shop", "build"])
 def test_help_has_an_example(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", *([action] if action else []), "--help"]) == 0
     assert "rest-rl data " in capsys.readouterr().out.split("example", 1)[1]

@@ -141,12 +141,13 @@ def test_a_held_out_file_for_the_tool_world_is_an_error() -> None:
     RunConfig.from_toml("", ["data.held_out=a.jsonl", "data.path=b.jsonl"])
 
 
-def test_the_office_has_its_own_held_out_set_and_no_decision() -> None:
-    with pytest.raises(ValueError, match=r"data\.path 'office' has its own"):
-        RunConfig.from_toml("", ["data.held_out=a.jsonl", "data.path=office"])
+@pytest.mark.parametrize("world", ["office", "shop"])
+def test_the_other_worlds_have_their_own_held_out_sets_and_no_decision(world: str) -> None:
+    with pytest.raises(ValueError, match=rf"data\.path '{world}' has its own"):
+        RunConfig.from_toml("", ["data.held_out=a.jsonl", f"data.path={world}"])
     with pytest.raises(ValueError, match=r"data\.decision is 'call'"):
-        RunConfig.from_toml("", ["data.decision=call", "data.path=office"])
-    assert RunConfig.from_toml("", ["eval.every=5", "data.path=office"]).eval.every == 5
+        RunConfig.from_toml("", ["data.decision=call", f"data.path={world}"])
+    assert RunConfig.from_toml("", ["eval.every=5", f"data.path={world}"]).eval.every == 5
 
 
 def test_a_table_built_in_python_is_validated() -> None:

@@ -36,7 +36,7 @@ else:
 # Value of `model.path` and `data.path` for the model and the tool world that ship with the package.
 EMBEDDED = "embedded"
 # Values of `data.path` for the worlds, the generators of dialogues, and the names that the commands have for them.
-WORLDS = {EMBEDDED: "tool-world", "office": "office"}
+WORLDS = {EMBEDDED: "tool-world", "office": "office", "shop": "shop"}
 # Value of `rest.format` and `data.source` for detection from the chat template and from the rows.
 AUTO = "auto"
 # Maximum response length in tokens if neither the run nor the model's context length limits it.
@@ -110,7 +110,7 @@ class ModelTable(Table):
 
 @dataclass(frozen=True)
 class DataTable(Table):
-    """`[data]`: a generator of dialogues (`embedded`: the tool world, or `office`), or your own (docs/data.md)."""
+    """`[data]`: a generator of dialogues (`embedded`, the tool world; `office`; `shop`), or your own (docs/data.md)."""
 
     path: str = EMBEDDED
     source: str = "auto"
@@ -142,7 +142,7 @@ class DataTable(Table):
         if self.held_out and self.path in WORLDS:
             problem = f"data.held_out is {self.held_out!r}, but data.path {self.path!r} has its own held-out set"
             raise UserError(problem, remedy="set data.path to your own data, or remove data.held_out")
-        if self.decision == "call" and self.path == "office":
+        if self.decision == "call" and self.path in WORLDS and self.path != EMBEDDED:
             problem = f"data.decision is 'call', but data.path {self.path!r} does not use it"
             raise UserError(problem, f"data.path {EMBEDDED!r}", "remove data.decision")
 

@@ -37,6 +37,7 @@ examples:
   rest-rl data split train.jsonl --test 0.1 --seed 0
   rest-rl data world --out world.jsonl -n 1000
   rest-rl data office --out office.jsonl -n 1000
+  rest-rl data shop --out shop.jsonl -n 1000
   rest-rl data build toolrl-4k --out mix.parquet --seed 0
 
 A FILE is one of: a .jsonl, .ndjson, .json or .parquet file (text files also
@@ -298,6 +299,19 @@ def office(
 ) -> None:
     """Generate samples with the tools of an office, in plain English."""
     _write_world("office", out, n, seed, split)
+
+
+@add("--out shop.jsonl -n 1000 --split unseen_values")
+def shop(
+    out: OutFile,
+    n: Count = 1000,
+    seed: SequenceSeed = 0,
+    split: Annotated[
+        Literal["train", "unseen_goals", "unseen_values"], typer.Option(help="split of the shop")
+    ] = "train",
+) -> None:
+    """Generate samples of the shop: the turns of tasks in which later calls need earlier results."""
+    _write_world("shop", out, n, seed, split)
 
 
 def _write_world(

@@ -94,6 +94,11 @@ _add_benchmark(
     "Evaluate on the office's tools: exact match on unseen tools, unseen phrasings and unseen values.",
     "office --model runs/mine",
 )
+_add_benchmark(
+    "shop",
+    "Evaluate on single turns of the shop: exact match on unseen goals and unseen values. `env shop` runs whole tasks.",
+    "shop --model shop",
+)
 ENVIRONMENT = typer.Argument(
     metavar="ENV", help="a world that ships (shop), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND"
 )

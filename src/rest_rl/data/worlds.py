@@ -8,7 +8,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from rest_rl.config import EMBEDDED
-from rest_rl.data import tool_world
+from rest_rl.data import shop, tool_world
 from rest_rl.data.samples import Dialogue, ToolSample, iterate_samples
 
 
@@ -32,6 +32,8 @@ def open_world(path: str, decision: tool_world.Decision = "reasoning") -> World:
     """Return the world with this value of `data.path`, one of `config.WORLDS`; `decision` is the tool world's."""
     if path == EMBEDDED:
         return World(tool_world.SPLITS, partial(tool_world.dialogues, decision=decision))
+    if path == "shop":
+        return World(shop.SPLITS, shop.dialogues)
     from rest_rl.data import office  # imports Faker, which takes time
 
     return World(office.SPLITS, office.dialogues)

@@ -57,7 +57,7 @@ class ShopSession:
     def call_tool(self, name: str, arguments: Mapping[str, Any]) -> Result:
         text, error = shop.call_shop(self._state, name if name in self._task["tools"] else "", arguments)
         reward = 0.0
-        if error not in shop.INVALID:
+        if error not in (shop.UNKNOWN_TOOL, shop.WRONG_ARGUMENTS):
             call = _write_call(name, arguments)
             self._seen.add(f"{call} {error}")
             if not error and call in self._left:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rest_rl.evaluate.conversation import Benchmark, Model
 
 Source = Literal["oracle", "responses", "endpoint", "object", "checkpoint"]
-WORLD_BENCHMARKS = ("tool-world", "office")
+WORLD_BENCHMARKS = ("tool-world", "office", "shop")
 TASK_BENCHMARKS = (*WORLD_BENCHMARKS, "env")
 """The values of `config.WORLDS`; importing that module here would slow down `--help`."""
 DEFAULT_MAX_NEW_TOKENS, WORLD_MAX_NEW_TOKENS = 4096, 160
@@ -57,7 +57,7 @@ class EvalRequest:
     """The benchmark, the model and the options of one evaluation.
 
     The fields are the options of `rest-rl eval`; `rest-rl eval --help` explains them. `benchmark` is `bfcl`,
-    `api-bank`, `tool-world`, `office`, a `package.module:OBJECT` or a `Benchmark`; `model` may also be a `Model`.
+    `api-bank`, `tool-world`, `office`, `shop`, `package.module:OBJECT` or a `Benchmark`; `model` may also be a `Model`.
     """
 
     benchmark: str | Benchmark

@@ -81,7 +81,7 @@ def evaluate(
     """Evaluate a model on a benchmark and write the evaluation folder.
 
     Args:
-        benchmark: `bfcl`, `api-bank`, `tool-world`, `office`, a `package.module:OBJECT`, or a `Benchmark`.
+        benchmark: `bfcl`, `api-bank`, `tool-world`, `office`, `shop`, a `package.module:OBJECT`, or a `Benchmark`.
         model: A run folder, model or adapter folder, Hub name or `Model`; None with `responses=` or `oracle=`.
         observer: Receives progress and notes.
         options: The other fields of `EvalRequest`: `data=`, `endpoint=`, `format=`, `limit=`, `out=`, `resume=`, ...
@@ -188,7 +188,7 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
     if name == "env":
         return open_environment(request, plan)
     if ":" not in name:
-        expected = "bfcl, api-bank, tool-world, office, env or package.module:OBJECT"
+        expected = "bfcl, api-bank, tool-world, office, shop, env or package.module:OBJECT"
         raise UserError(f"unknown benchmark {name!r}", expected, "correct the name")
     found: Any = load_object(name, "benchmark")
     makes_one = isinstance(found, type) or (callable(found) and not hasattr(found, "start"))

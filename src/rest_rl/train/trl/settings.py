@@ -14,9 +14,10 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig, SFTConfig
 
-from rest_rl.config import EMBEDDED, RunConfig, unknown_key_error, validate_value
+from rest_rl.config import RunConfig, unknown_key_error, validate_value
 from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS, SILENT, Observer
+from rest_rl.train.named_models import NAMED_MODELS
 from rest_rl.train.policy import new_adapter_config
 from rest_rl.train.request import check_ranges
 from rest_rl.train.trl.trainer import ResTConfig, optimizer_steps_per_batch
@@ -40,7 +41,7 @@ def with_machine_defaults(config: RunConfig, observer: Observer = SILENT) -> Run
     """Return the run with `trl.use_cpu` and `trl.bf16` set, if they are not, on a machine without an accelerator."""
     if torch.accelerator.is_available():
         return config
-    is_embedded = config.model.path == EMBEDDED  # too small to gain from bfloat16
+    is_embedded = isinstance(NAMED_MODELS.get(config.model.path), str)  # too small to gain from bfloat16
     is_fast = has_fast_bfloat16() and not config.trl.get("fp16") and not is_embedded
     if "bf16" not in config.trl and not is_embedded:
         why = "multiplies bfloat16 fast" if is_fast else "has no fast bfloat16 arithmetic"
