@@ -62,7 +62,7 @@ def test_changing_one_constant_keeps_the_others() -> None:
         ("[run]\nsed = 1", r"unknown key run\.sed, expected one of engine, .*seed.*; did you mean seed\?"),
         (
             "[runs]\nseed = 1",
-            r"unknown key runs, expected one of data, eval, model, peft, rest, run, trl, verl; did you mean run\?",
+            r"unknown key runs, expected one of data, env, eval, model, peft, rest, run, trl, verl; did you mean run\?",
         ),
         ("[rest.weights]\nstrenght = 1", r"unknown key rest\.weights\.strenght.*did you mean strength\?"),
         ("[rest.weights]\nrule = 'best'", r"rest\.weights\.rule is 'best', expected one of one_minus_exp"),

@@ -276,7 +276,7 @@ def test_a_result_cannot_end_the_turn(layout):
 
 def test_a_hostile_model_is_refused_before_the_tool_runs(layout):
     deep = '{"name": "f", "parameters": {"x": ' + "[" * 50_000 + "]" * 50_000 + "}}"
-    large = json.dumps({"name": "f", "parameters": {"x": "y" * 5_000_000}})
+    large = json.dumps({"name": "f", "parameters": {"x": "LARGE"}})
     texts = [
         say(call("1")),  # the schema wants an integer
         say({"name": "f", "parameters": {}}),
@@ -285,8 +285,23 @@ def test_a_hostile_model_is_refused_before_the_tool_runs(layout):
         f"<think> </think>\n<tool_call>\n{large}\n</tool_call>",
         "<think> </think>\n<response> ok </response>",
     ]
-    environment = Counter()
-    (found,) = run(environment, layout, texts)
+    environment, say_text = Counter(), scripted(layout.tokenizer, texts)
+    (letter,) = layout.tokenizer("y")["input_ids"]
+
+    def generate(prompts, is_first):
+        (ids,) = say_text(prompts, is_first).ids
+        text = layout.tokenizer.decode(ids)
+        if "LARGE" in text:  # five megabytes of arguments, without tokenizing them
+            ids = [
+                *(
+                    id
+                    for part in text.split("LARGE")
+                    for id in (*layout.tokenizer(part)["input_ids"], *[letter] * 5_000_000)
+                )
+            ][:-5_000_000]
+        return Generated([ids])
+
+    (found,) = run(environment, layout, [], generate=generate)
     assert environment.sessions[0].sum == 0
     assert found.stop == "answered"
     assert found.events["unknown tool"] == 1
