@@ -402,7 +402,10 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
         # The tool world's settings do not suit your own model or data, so such runs start from other defaults.
         is_own = any("path" in requested.get(table, {}) for table in ("model", "data", "env"))
         is_supervised = requested.get("rest", {}).get("preset") in SUPERVISED
-        name = "own_model_sft.toml" if is_supervised else "own_model.toml" if is_own else "tool_world.toml"
+        if requested.get("env", {}).get("path") == "shop" == requested.get("model", {}).get("path", "shop"):
+            name = "shop.toml"
+        else:
+            name = "own_model_sft.toml" if is_supervised else "own_model.toml" if is_own else "tool_world.toml"
         return RunConfig.from_toml(read_asset(name), overrides, origin="the embedded run")
     text, folder = read_toml_text(Path(path)), Path(path).parent
     add_search_folder(folder)  # a user's rule or reward may be defined next to the run file
