@@ -14,6 +14,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import count, islice
 from string import Formatter
 from threading import Lock
@@ -30,38 +31,36 @@ from rest_rl.errors import UserError
 SPLITS = ("train", "unseen_tools")
 STEP_SHARE = 0.3
 """Sum of the step rewards of a rollout that makes every call that its task needs."""
-CALLS = (2, 3, 4)
-"""The numbers of calls that a task can need."""
-EXTRA_TOOLS = (2, 3, 4, 5)
-"""The numbers of tools that a task can offer besides those that it needs."""
+SECONDS = 2
+"""The limit of CPU time for all calls of a rollout."""
 _WORDS = {"color": COLORS, "item": ITEMS, "city": CITIES, "first": FIRST_NAMES, "last": LAST_NAMES}
 _TABLE = parse_toml(read_asset("bfcl_tasks.toml"), "bfcl_tasks.toml")
 HELD_OUT = frozenset(_TABLE.pop("held_out"))
 """The tools that only `unseen_tools` has."""
+_COMMON = _TABLE.pop("pools")
+Pools = dict[str, Sequence[Any]]
+"""The values that requests can mention in a state, by kind."""
 
 
 class Action(NamedTuple):
     """A method of a backend, and a phrase that asks for a call of it; `changes` says whether it changes the state."""
 
+    backend: str
     method: str
     phrase: str
     changes: bool
 
 
-ACTIONS = {
-    backend: [
-        Action(method, phrase, kind == "changes")
-        for kind in ("reads", "changes")
-        for method, phrases in table.get(kind, {}).items()
-        for phrase in phrases
-    ]
+ACTIONS = [
+    Action(backend, method, phrase, kind == "changes")
     for backend, table in _TABLE.items()
-}
-"""What tasks can ask for, per backend."""
-Drawn = tuple[Action, str, dict[str, Any]]
-"""An action, its phrase with values, and the arguments of the call."""
-Pools = dict[str, Sequence[Any]]
-"""The values that requests can mention in a state, by kind."""
+    for kind in ("reads", "changes")
+    for method, phrases in table.get(kind, {}).items()
+    for phrase in phrases
+]
+"""What tasks can ask for."""
+Step = tuple[Action, str, dict[str, Any]]
+"""An action, its phrase with values, and the call."""
 
 
 class BFCL:
@@ -76,13 +75,8 @@ class BFCL:
     splits = SPLITS
     step_rewards = True
 
-    def __init__(self, seconds: float = 2.0, memory_mb: int = 2048) -> None:
-        """Set the limits of a rollout's calls: seconds of CPU time for all of them, and memory in MiB."""
-        self._limits = {"seconds": seconds, "memory_mb": memory_mb}
-        self._sandbox: Sandbox | None = None
+    def __init__(self) -> None:
         self._lock = Lock()
-        self.tools: dict[str, dict[str, Any]] = {}
-        """The JSON schemas of all tools, once the first task has been drawn."""
 
     def tasks(self, split: str, seed: int, number: int) -> list[Task]:
         """Draw tasks. Raises UserError for an unknown split, or if bfcl-eval is not installed."""
@@ -97,57 +91,54 @@ class BFCL:
     def replay(self, task: Task, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Execute calls on new backends in the task's first state, see `Sandbox.replay`. Thread-safe."""
         with self._lock:
-            return self._start().replay(task["backends"], task["config"], calls)
+            return self._sandbox.replay(task["backends"], task["config"], calls)
 
-    def _start(self) -> Sandbox:
-        if self._sandbox is None:
-            sandbox = Sandbox(find_package("v4"), **self._limits)
-            types = sandbox.constants()["types"]
-            docs = [doc for backend in sandbox.documents().values() for doc in backend]
-            self.tools = {tool["function"]["name"]: tool for tool in to_tools(docs, types)}
-            self._sandbox = sandbox
-        return self._sandbox
+    @cached_property
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(find_package("v4"), seconds=SECONDS)
+
+    @cached_property
+    def tools(self) -> dict[str, dict[str, Any]]:
+        """The JSON schemas of all tools."""
+        with self._lock:
+            docs = [doc for backend in self._sandbox.documents().values() for doc in backend]
+            types = self._sandbox.constants()["types"]
+        return {tool["function"]["name"]: tool for tool in to_tools(docs, types)}
 
     def _draw_tasks(self, split: str, seed: int) -> Iterator[Task]:
-        rng, names = random.Random(f"bfcl {split} {seed}"), list(ACTIONS)
-        for index in count():
-            task = None
-            while task is None:
-                task = self._draw_task(rng, split, rng.sample(names, rng.choice((1, 1, 2))))
+        rng = random.Random(f"bfcl {split} {seed}")
+        drawn = (self._draw_task(rng, split) for _ in count())
+        for index, task in enumerate(task for task in drawn if task):
             yield {"id": f"bfcl-{split}-{seed}-{index}", **task}
 
     # Draws more calls than the task needs and keeps the first ones that work as intended. The calls in between may have
     # changed something, so the kept ones must work again without them. None if that fails.
-    def _draw_task(self, rng: random.Random, split: str, backends: list[str]) -> Task | None:
-        config, pools = dict[str, Any](), dict[str, Pools]()
-        for name in backends:
-            config[name], pools[name] = draw_state(rng, name)
-        task = {"backends": backends, "config": config}
-        choice = [(name, action) for name in backends for action in ACTIONS[name]]
-        choice = [(name, action) for name, action in choice if split != "train" or action.method not in HELD_OUT]
-        number = rng.choice(CALLS)
+    def _draw_task(self, rng: random.Random, split: str) -> Task | None:
+        backends = rng.sample(list(_TABLE), rng.choice((1, 1, 2)))
+        states = {name: draw_state(rng, name) for name in backends}
+        task = {"backends": backends, "config": {name: config for name, (config, _) in states.items()}}
+        choice = [action for action in ACTIONS if action.backend in backends]
+        choice = [action for action in choice if split != "train" or action.method not in HELD_OUT]
+        number = rng.choice((2, 3, 4))
         chosen = [rng.choice(choice) for _ in range(3 * number)]
-        drawn = [(action, *fill_phrase(rng, action.phrase, pools[name])) for name, action in chosen]
-        drawn = self._keep_working(task, drawn)[0][:number]
-        gold = [{"name": action.method, "arguments": arguments} for action, _, arguments in drawn]
-        used = {call["name"] for call in gold}
-        is_long_enough = len(drawn) == number and len({json.dumps(call) for call in gold}) == number
-        if not is_long_enough or (split == "unseen_tools" and used.isdisjoint(HELD_OUT)):
+        steps = [(action, *fill_phrase(rng, action, states[action.backend][1])) for action in chosen]
+        steps = self._keep_working(task, steps)[0][:number]
+        used, gold = {action.method for action, _, _ in steps}, [call for _, _, call in steps]
+        if len(set(map(json.dumps, gold))) < number or (split != "train" and used.isdisjoint(HELD_OUT)):
             return None
-        kept, state = self._keep_working(task, drawn)
-        only_changes = all(action.changes for action, _, _ in drawn)
-        if len(kept) < number or (only_changes and state == self.replay(task, [])["state"]):
-            return None  # a state that is reached without any call may be that of two calls that cancel each other out
-        others = sorted({action.method for _, action in choice} - used)
-        tools = sorted(used) + rng.sample(others, min(rng.choice(EXTRA_TOOLS), len(others)))
-        request = join_phrases(rng, [text for _, text, _ in drawn])
+        kept, state = self._keep_working(task, steps)
+        reads = any(not action.changes for action, _, _ in steps)
+        if len(kept) < number or not (reads or state != self.replay(task, [])["state"]):
+            return None  # calls that cancel each other out leave nothing to do
+        others = sorted({action.method for action in choice} - used)
+        tools = sorted(used) + rng.sample(others, min(rng.randint(2, 5), len(others)))
+        request = join_phrases(rng, [text for _, text, _ in steps])
         return {**task, "request": request, "tools": rng.sample(tools, len(tools)), "gold": gold}
 
-    def _keep_working(self, task: Task, drawn: Sequence[Drawn]) -> tuple[list[Drawn], Any]:
-        calls = [{"name": action.method, "arguments": arguments} for action, _, arguments in drawn]
-        outcome = self.replay(task, calls)
-        pairs = zip(drawn, outcome["results"], strict=True)
-        kept = [each for each, (_, failed, changed) in pairs if not failed and changed == each[0].changes]
+    def _keep_working(self, task: Task, steps: Sequence[Step]) -> tuple[list[Step], Any]:
+        outcome = self.replay(task, [call for _, _, call in steps])
+        pairs = zip(steps, outcome["results"], strict=True)
+        kept = [step for step, (_, failed, changed) in pairs if not failed and changed == step[0].changes]
         return kept, outcome["state"]
 
 
@@ -161,7 +152,8 @@ class BfclSession:
         self._environment, self._task = environment, task
         gold = environment.replay(task, task["gold"])
         self._gold_state, self._state = gold["state"], environment.replay(task, [])["state"]
-        self._needed = [_describe_call(call, *each) for call, each in zip(task["gold"], gold["results"], strict=True)]
+        outcomes = zip(task["gold"], gold["results"], strict=True)
+        self._needed = [_describe_call(call, text, changed) for call, (text, _, changed) in outcomes]
         self._left = list(self._needed)
         self._calls: list[dict[str, Any]] = []
         self._seen: set[str] = set()
@@ -174,8 +166,6 @@ class BfclSession:
 
     def call_tool(self, name: str, arguments: Mapping[str, Any]) -> Result:
         """Execute a call. One that exceeds the limits ends the rollout."""
-        if name not in self._task["tools"]:
-            return Result(f"Error during execution: there is no tool named {name[:80]!r}", 0.0, error="unknown tool")
         self._calls.append({"name": name, "arguments": dict(arguments)})
         try:
             outcome = self._environment.replay(self._task, self._calls)
@@ -183,7 +173,7 @@ class BfclSession:
             return Result(f"Error during execution: {error}", 0.0, done=True, error="limit")
         self._state = outcome["state"]
         text, failed, changed = outcome["results"][-1]
-        call = _describe_call(self._calls[-1], text, failed, changed)
+        call = _describe_call(self._calls[-1], text, changed)
         self._seen.add(f"{call} {text}")
         if failed or call not in self._left:
             return Result(text, 0.0, error="failed call" if failed else "")
@@ -212,27 +202,26 @@ class BfclSession:
 
 
 # What counts as the same call: for one that changes something its arguments, for one that reads its result.
-def _describe_call(call: Mapping[str, Any], text: str, failed: bool, changed: bool) -> str:
+def _describe_call(call: Mapping[str, Any], text: str, changed: bool) -> str:
     what = call["arguments"] if changed else text
     return f"{'change' if changed else 'read'} {json.dumps([call['name'], what], sort_keys=True)}"
 
 
-def fill_phrase(rng: random.Random, phrase: str, pools: Pools) -> tuple[str, dict[str, Any]]:
-    """Draw the values of a phrase; return its text and the arguments of the call."""
+def fill_phrase(rng: random.Random, action: Action, pools: Pools) -> tuple[str, dict[str, Any]]:
+    """Draw the values of an action's phrase; return its text and the call."""
     text, arguments = "", dict[str, Any]()
-    for literal, field, kind, _ in Formatter().parse(phrase):
+    for literal, field, kind, _ in Formatter().parse(action.phrase):
         text += literal
         if field and kind:
-            is_fixed = kind[0] in "=~"
             others = [value for value in pools.get(kind, ()) if value not in arguments.values()]
-            value = json.loads(kind[1:]) if is_fixed else rng.choice(others)
+            value = json.loads(kind[1:]) if kind[0] in "=~" else rng.choice(others)
             *parents, key = field.split(".")
             target = arguments
             for parent in parents:
                 target = target.setdefault(parent, {})
             target[key] = value
             text += "" if kind[0] == "~" else _show(value)
-    return text, arguments
+    return text, {"name": action.method, "arguments": arguments}
 
 
 def _show(value: Any) -> str:
@@ -241,28 +230,17 @@ def _show(value: Any) -> str:
 
 def join_phrases(rng: random.Random, phrases: Sequence[str]) -> str:
     """Return a request that asks for several things in this order."""
-    form = rng.choice(("list", "then", "after"))
-    if form == "list":
-        return "Do this, in this order: " + " ".join(f"{n}. {text}." for n, text in enumerate(phrases, 1))
-    if form == "then":
-        return f"Please {', then '.join(phrases)}."
-    return f"First {phrases[0]}. " + " ".join(f"After that, {text}." for text in phrases[1:])
+    listed = " ".join(f"{n}. {text}." for n, text in enumerate(phrases, 1))
+    after = f"First {phrases[0]}. " + " ".join(f"After that, {text}." for text in phrases[1:])
+    return rng.choice((f"Do this, in this order: {listed}", after, f"Please {', then '.join(phrases)}."))
 
 
 def draw_state(rng: random.Random, backend: str) -> tuple[dict[str, Any], Pools]:
     """Draw the first state of a backend, in the form that its `_load_scenario` expects, and the values in it."""
-    pools: Pools = {
-        "text": [f"the {rng.choice(COLORS)} {rng.choice(ITEMS)} goes to {rng.choice(CITIES)}" for _ in range(8)],
-        "word": ITEMS,
-        "small": range(1, 6),
-        "amount": rng.sample(range(10, 100), 8),
-        "number": [round(rng.uniform(-500, 500), 2) for _ in range(8)],
-        "city": ("San Francisco", "Rivermist", "Stonebrook", "Maplecrest", "Silverpine", "Oakendale", "Willowbend"),
-    }
-    pools["lines"] = ["\n".join(rng.sample(pools["text"], 3)) for _ in range(4)]
-    for name, kind in _TABLE[backend]["pools"].items():
+    pools, table = Pools(), _TABLE[backend]
+    for name, kind in {**_COMMON, **table["pools"]}.items():
         pools[name] = _draw_pool(rng, kind, pools)
-    return {**_fill(rng, _TABLE[backend].get("state", {}), pools), "random_seed": rng.randrange(10**6)}, pools
+    return {**_fill(rng, table.get("state", {}), pools), "random_seed": rng.randrange(10**6)}, pools
 
 
 def _draw_pool(rng: random.Random, kind: Any, pools: Pools) -> Sequence[Any]:
@@ -272,7 +250,8 @@ def _draw_pool(rng: random.Random, kind: Any, pools: Pools) -> Sequence[Any]:
         return [rng.sample(pools[kind["of"]], size) for size in kind["sizes"]]
     columns = [rng.sample(words, kind["number"]) for words in _WORDS.values()]
     texts = [kind["pattern"].format(**dict(zip(_WORDS, row, strict=True))) for row in zip(*columns, strict=True)]
-    return [re.sub("#", lambda _: str(rng.randint(1, 9)), text) for text in texts]
+    texts = [re.sub("#", lambda _: str(rng.randint(1, 9)), text) for text in texts]
+    return list(map(json.loads, texts)) if kind.get("json") else texts
 
 
 def _fill(rng: random.Random, template: Any, pools: Pools) -> Any:

@@ -27,8 +27,7 @@ from rest_rl.envs.bfcl_sandbox.release import MAX_MESSAGE_LENGTH, BfclRelease, I
 from rest_rl.envs.bfcl_sandbox.walls import confine, describe_exit, enter_empty_network
 
 LOOKUPS = ("constants", "documents", "entries", "load", "gold_calls")
-WORKER_REQUESTS = ("check_calls", "replay")
-FORKED_REQUESTS = ("open", "check_turns", *WORKER_REQUESTS)
+FORKED_REQUESTS = ("open", "check_calls", "check_turns", "replay")
 CHECKS_PER_WORKER = 500
 """The number of checks after which the worker is replaced."""
 
@@ -87,17 +86,14 @@ class Server:
         while (request := self.pipes.read()) is not None:
             if request["method"] not in FORKED_REQUESTS:
                 self.pipes.write(self.dispatch(request, LOOKUPS))
-            elif "ok" not in (result := self.prepare(request)):
+            elif request["method"] == "replay":  # needs no sample
+                self.pipes.write(self.check_in_worker(request))
+            elif "ok" not in (result := capture_result(partial(self.bfcl.prepare, *request["arguments"]))):
                 self.pipes.write(result)
-            elif request["method"] in WORKER_REQUESTS:
+            elif request["method"] == "check_calls":
                 self.pipes.write(self.check_in_worker(request))
             else:
                 self.serve_in_fork(request)
-
-    def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
-        if request["method"] == "replay":  # needs no sample
-            return {"ok": None}
-        return capture_result(partial(self.bfcl.prepare, *request["arguments"]))
 
     def dispatch(self, request: dict[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
         if request["method"] not in allowed:

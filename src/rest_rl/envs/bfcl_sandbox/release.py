@@ -215,58 +215,47 @@ class BfclRelease:
         return {name: read_lines(folder / file) for name, file in files.items() if Path(file).stem in BACKENDS}
 
     def replay(self, backends: list[str], config: dict[str, Any], calls: list[dict[str, Any]]) -> dict[str, Any]:
-        instances = {name: self.create_backend(name, config.get(name)) for name in backends}
-        members = [pair for each in instances.values() for pair in inspect.getmembers(each, inspect.ismethod)]
-        methods = {name: method for name, method in members if not name.startswith("_")}
-        state, results = to_json(instances), list[Any]()
+        instances, methods = {}, {}
+        for name in backends:
+            home = importlib.import_module(self.executor.CLASS_FILE_PATH_MAPPING[name])
+            instances[name] = backend = getattr(home, name)()
+            if name not in self.executor.STATELESS_CLASSES:
+                backend._load_scenario(copy.deepcopy(config[name]))  # noqa: SLF001 - as the executor does
+            methods |= {key: method for key, method in inspect.getmembers(backend, inspect.ismethod) if key[0] != "_"}
+        state, results = dump_state(instances), list[Any]()
         for call in calls:
             text, failed = run_method(methods, call)
-            before, state = state, to_json(instances)
+            before, state = state, dump_state(instances)
             results.append([text, failed, state != before])
-        return {"results": results, "state": state}
-
-    def create_backend(self, name: str, config: dict[str, Any] | None) -> Any:
-        backend = getattr(importlib.import_module(self.executor.CLASS_FILE_PATH_MAPPING[name]), name)()
-        if name not in self.executor.STATELESS_CLASSES:
-            backend._load_scenario(copy.deepcopy(config or {}))  # noqa: SLF001 - as the executor does
-        return backend
+        return {"results": results, "state": json.loads(state)}
 
 
 def run_method(methods: Mapping[str, Callable[..., Any]], call: dict[str, Any]) -> tuple[str, bool]:
-    # Returns what the executor would return, without its `eval`, and whether the call failed. Defaults are copied:
-    # the backends change lists that are defaults, which would reach the next session.
+    # Returns what the executor would return, without its `eval`, and whether the call failed. Defaults are copied: some
+    # are lists that the backends change, which would reach the next session.
     try:
         write_call(call, methods)
         parameters = inspect.signature(methods[call["name"]]).parameters.values()
         defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
         result = methods[call["name"]](**copy.deepcopy({**defaults, **call["arguments"]}))
         first = result[0] if isinstance(result, list) and result else result
-        return write_result(result), isinstance(first, dict) and "error" in first
+        text = json.dumps(result, default=str) if isinstance(result, dict) else str(result)
+        return text, isinstance(first, dict) and "error" in first
     except Exception as error:
         return f"Error during execution: {error}"[:MAX_MESSAGE_LENGTH], True
 
 
-def write_result(result: Any) -> str:
-    if isinstance(result, dict):
-        with contextlib.suppress(TypeError):
-            return json.dumps(result)
-    return str(result)
+def dump_state(backends: Mapping[str, Any]) -> str:
+    # the attributes that BFCL compares, as JSON
+    def encode(value: Any) -> Any:
+        if isinstance(value, set):
+            return sorted(map(str, value))
+        return {key: item for key, item in vars(value).items() if key[0] != "_" and key != "parent"}
 
-
-def to_json(value: Any, above: tuple[int, ...] = ()) -> Any:
-    # what BFCL compares: the public attributes; `above` because a folder can come to contain itself
-    if id(value) in above:
-        return None
-    above = (*above, id(value))
-    if isinstance(value, (list, tuple)):
-        return [to_json(item, above) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    if not isinstance(value, dict):
-        if not hasattr(value, "__dict__"):
-            return value
-        value = {key: item for key, item in vars(value).items() if not key.startswith("_") and key != "parent"}
-    return {str(key): to_json(item, above) for key, item in value.items()}
+    try:
+        return json.dumps(backends, default=encode)
+    except ValueError:  # `cp a a` puts a folder into itself
+        return '{"error": "circular"}'
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
