@@ -95,7 +95,8 @@ _add_benchmark(
     "office --model runs/mine",
 )
 ENVIRONMENT = typer.Argument(
-    metavar="ENV", help="a world that ships (shop), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND"
+    metavar="ENV",
+    help="a world that ships (shop, bfcl-tasks, tau2-telecom), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND",
 )
 _add_benchmark(
     "env",
