@@ -78,11 +78,12 @@ def list_values(value: Any) -> list[Any]:
 
 
 def test_requests_mention_every_value(tasks):
-    # Except for what the words of a phrase imply: "start the engine", "count the words", ...
-    implied = {"w", "START", "engage", "on", True, False, 1}
+    # Except for what the words of a phrase imply: "start the engine", "count the words", "lock the doors", ...
+    implied = ("w", "START", "engage", "on")
     for task in [*tasks["train"], *tasks["unseen_tools"]]:
-        values = list_values([each["arguments"] for each in task["gold"]])
-        assert all(json.dumps(value) in task["request"] for value in values if value not in implied)
+        values = list_values([each["arguments"] for each in task["gold"] if each["name"] != "pressBrakePedal"])
+        shown = [value for value in values if value not in implied and not isinstance(value, bool)]
+        assert all(json.dumps(value) in task["request"] for value in shown)
 
 
 @pytest.mark.parametrize("split", SPLITS)
