@@ -29,11 +29,11 @@ from typing import Any
 
 from bfcl_mutations import Call, Sample, mutate_multi_turn, mutate_single_turn
 
+from rest_rl.envs.bfcl_sandbox.package import Version, find_package
+from rest_rl.envs.bfcl_sandbox.sandbox import Sandbox
 from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
 from rest_rl.evaluate.benchmarks.bfcl.gold import build_gold
 from rest_rl.evaluate.benchmarks.bfcl.groups import MULTI_TURN, select_categories
-from rest_rl.evaluate.benchmarks.bfcl.package import Version, find_package
-from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.harness import evaluate_batch
 from rest_rl.evaluate.models.recorded import Recorded, Recording

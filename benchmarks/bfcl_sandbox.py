@@ -18,9 +18,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from rest_rl.evaluate.benchmarks.bfcl import benchmark, release
-from rest_rl.evaluate.benchmarks.bfcl.package import find_package
-from rest_rl.evaluate.benchmarks.bfcl.sandbox import Session, Verdict
+from rest_rl.envs.bfcl_sandbox import release
+from rest_rl.envs.bfcl_sandbox.package import find_package
+from rest_rl.envs.bfcl_sandbox.sandbox import Session, Verdict
+from rest_rl.evaluate.benchmarks.bfcl import benchmark
 from rest_rl.evaluate.harness import evaluate_all
 from rest_rl.evaluate.log import EvalLog
 from rest_rl.evaluate.models.recorded import Oracle

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from rest_rl.envs.bfcl_sandbox import sandbox as sandbox_module
+from rest_rl.envs.bfcl_sandbox.entries import parameter_schemas
+from rest_rl.envs.bfcl_sandbox.package import Version
 from rest_rl.evaluate.benchmarks.bfcl import groups
-from rest_rl.evaluate.benchmarks.bfcl import sandbox as sandbox_module
 from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
-from rest_rl.evaluate.benchmarks.bfcl.entries import parameter_schemas
-from rest_rl.evaluate.benchmarks.bfcl.package import Version
 from rest_rl.evaluate.conversation import Conversation, Reply, Request
 from rest_rl.formats import get_format
 from rest_rl.response import Gold, ToolCall

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from rest_rl.envs.bfcl_sandbox.entries import coerce_value, find_call_problem, parameter_schemas, to_tools
 from rest_rl.evaluate.benchmarks.bfcl import groups
-from rest_rl.evaluate.benchmarks.bfcl.entries import coerce_value, find_call_problem, parameter_schemas, to_tools
 from rest_rl.evaluate.benchmarks.bfcl.gold import build_gold, java_literal, javascript_literal, plausible_call
 from rest_rl.evaluate.benchmarks.bfcl.groups import Version, official_averages, select_categories
 from rest_rl.response import Gold, ToolCall

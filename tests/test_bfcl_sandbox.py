@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rest_rl.evaluate.benchmarks.bfcl import walls
-from rest_rl.evaluate.benchmarks.bfcl.package import PINS, BfclPackage, Version, find_package
-from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox, SandboxError, Session, Verdict
+from rest_rl.envs.bfcl_sandbox import walls
+from rest_rl.envs.bfcl_sandbox.package import PINS, BfclPackage, Version, find_package
+from rest_rl.envs.bfcl_sandbox.sandbox import Sandbox, SandboxError, Session, Verdict
 
 COUNTS = {
     "multiple": 200, "parallel": 200, "parallel_multiple": 200, "irrelevance": 240, "live_simple": 258,
@@ -209,7 +209,7 @@ class TestSingleTurn:
     def test_each_check_has_its_own_time_limit(self, tmp_path: Path) -> None:
         script = """
 import os, sys, time
-from rest_rl.evaluate.benchmarks.bfcl.child import Pipes, Server
+from rest_rl.envs.bfcl_sandbox.child import Pipes, Server
 
 class Release:
     def check_calls(self, seconds):
@@ -403,8 +403,8 @@ class TestWalls:
     def test_no_process_outlives_its_killed_owner(self, package: BfclPackage) -> None:
         code = (
             "import os, signal, sys; from pathlib import Path; "
-            "from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage; "
-            "from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox; "
+            "from rest_rl.envs.bfcl_sandbox.package import BfclPackage; "
+            "from rest_rl.envs.bfcl_sandbox.sandbox import Sandbox; "
             "sandbox = Sandbox(BfclPackage(sys.argv[1], Path(sys.argv[2]))); "
             "sandbox.session('multi_turn_base_0').execute([]); "
             "print(sandbox._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"

@@ -18,7 +18,10 @@ examples:
   rest-rl env check 'mcp:python server.py'      an MCP server
 """
 group = verb_group(epilog=EPILOG, help="Check an environment: tools that run, over several turns.")
-ENV = typer.Argument(metavar="ENV", help="a world that ships (shop), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND")
+ENV = typer.Argument(
+    metavar="ENV",
+    help="a world that ships (shop, bfcl-tasks, tau2-telecom), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND",
+)
 
 
 def parse_options(text: str) -> dict[str, Any]:

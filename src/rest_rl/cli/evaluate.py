@@ -100,7 +100,8 @@ _add_benchmark(
     "shop --model shop",
 )
 ENVIRONMENT = typer.Argument(
-    metavar="ENV", help="a world that ships (shop), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND"
+    metavar="ENV",
+    help="a world that ships (shop, bfcl-tasks, tau2-telecom), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND",
 )
 _add_benchmark(
     "env",

@@ -29,7 +29,11 @@ from rest_rl.errors import UserError
 from rest_rl.jsonl import parse_row, read_lines
 from rest_rl.objects import check_signature, display_name, load_object
 
-ENVIRONMENTS = {"shop": "rest_rl.envs.shop:Shop"}
+ENVIRONMENTS = {
+    "shop": "rest_rl.envs.shop:Shop",
+    "bfcl-tasks": "rest_rl.envs.bfcl:BFCL",
+    "tau2-telecom": "rest_rl.envs.tau2:Telecom",
+}
 """The worlds that ship, by name."""
 _ACCEPTED = (
     f"one of {', '.join(ENVIRONMENTS)}; 'mcp:COMMAND' or 'mcp:https://...'; or module:OBJECT or path/to/file.py:OBJECT "

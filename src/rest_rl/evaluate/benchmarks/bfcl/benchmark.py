@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rest_rl.data.samples import ToolSample
-from rest_rl.errors import UserError
-from rest_rl.evaluate.benchmarks.bfcl.entries import (
+from rest_rl.envs.bfcl_sandbox.entries import (
     coerce_calls,
     find_call_problem,
     parameter_schemas,
@@ -22,6 +21,9 @@ from rest_rl.evaluate.benchmarks.bfcl.entries import (
     to_sendable,
     to_tools,
 )
+from rest_rl.envs.bfcl_sandbox.package import BfclPackage, Version, find_package
+from rest_rl.envs.bfcl_sandbox.sandbox import Sandbox, SandboxError, Session, Verdict, retry_if_ended
+from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.gold import DONE_GOLD, build_gold
 from rest_rl.evaluate.benchmarks.bfcl.groups import (
     MULTI_TURN,
@@ -30,8 +32,6 @@ from rest_rl.evaluate.benchmarks.bfcl.groups import (
     official_averages,
     select_categories,
 )
-from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage, Version, find_package
-from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox, SandboxError, Session, Verdict, retry_if_ended
 from rest_rl.evaluate.conversation import Benchmark, Conversation, Reply, Request, SingleTurn, parse_reply
 from rest_rl.formats import ToolFormat
 from rest_rl.response import Gold, ParsedResponse, ToolCall

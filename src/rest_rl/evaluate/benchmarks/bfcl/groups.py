@@ -11,8 +11,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rest_rl.envs.bfcl_sandbox.package import Version
 from rest_rl.errors import UserError
-from rest_rl.evaluate.benchmarks.bfcl.package import Version
 from rest_rl.statistics import Interval, weighted_mean, wilson_interval
 
 NON_LIVE: Mapping[Version, tuple[str, ...]] = {

@@ -7,9 +7,9 @@
 # * One fork per conversation executes its calls, since the backends' state must not leak into other samples. The fork
 #   uses the same pipes while this process waits for its end. That works because neither side reads ahead: the client
 #   sends a request only after the answer to the previous one.
-# * One long-lived fork, the worker, checks single-turn calls. They are compared, not executed, so there is no state to
-#   isolate, and a fork per check would dominate the time. It is replaced after CHECKS_PER_WORKER checks, and at once
-#   after a check that failed, in case the checker was left in a broken state.
+# * One long-lived fork, the worker, checks single-turn calls and replays those of environments, each time on new
+#   backends. Nothing outlives a request, and a fork per request would dominate the time. It is replaced after
+#   CHECKS_PER_WORKER requests, and at once after one that failed, in case it left something in a broken state.
 #
 # All forks are confined (see walls.py) before they read model output.
 
@@ -23,11 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from rest_rl.evaluate.benchmarks.bfcl.release import MAX_MESSAGE_LENGTH, BfclRelease, InvalidRequestError
-from rest_rl.evaluate.benchmarks.bfcl.walls import confine, describe_exit, enter_empty_network
+from rest_rl.envs.bfcl_sandbox.release import MAX_MESSAGE_LENGTH, BfclRelease, InvalidRequestError
+from rest_rl.envs.bfcl_sandbox.walls import confine, describe_exit, enter_empty_network
 
-LOOKUPS = ("constants", "entries", "load", "gold_calls")
-FORKED_REQUESTS = ("open", "check_calls", "check_turns")
+LOOKUPS = ("constants", "documents", "entries", "load", "gold_calls")
+FORKED_REQUESTS = ("open", "check_calls", "check_turns", "replay")
 CHECKS_PER_WORKER = 500
 """The number of checks after which the worker is replaced."""
 
@@ -86,6 +86,8 @@ class Server:
         while (request := self.pipes.read()) is not None:
             if request["method"] not in FORKED_REQUESTS:
                 self.pipes.write(self.dispatch(request, LOOKUPS))
+            elif request["method"] == "replay":  # needs no sample
+                self.pipes.write(self.check_in_worker(request))
             elif "ok" not in (result := capture_result(partial(self.bfcl.prepare, *request["arguments"]))):
                 self.pipes.write(result)
             elif request["method"] == "check_calls":
@@ -165,7 +167,9 @@ class Server:
             signal.setitimer(signal.ITIMER_PROF, self.seconds)  # SIGPROF kills the process
             result = self.dispatch(request, FORKED_REQUESTS)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            is_last = not left or "ok" not in result or result["ok"][1].startswith("checker_error")
+            is_last = not left or "ok" not in result
+            if request["method"] == "check_calls" and not is_last:
+                is_last = result["ok"][1].startswith("checker_error")
             pipes.write({**result, "is_last": is_last})
 
 

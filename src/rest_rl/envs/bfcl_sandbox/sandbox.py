@@ -21,10 +21,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
 
+from rest_rl.envs.bfcl_sandbox.package import BfclPackage, install_command, share_folder
 from rest_rl.errors import UserError
-from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage, install_command, share_folder
 
-PACKAGE_ROOT = Path(__file__).parents[4]
+PACKAGE_ROOT = Path(__file__).parents[3]
 CHILD_SCRIPT = f"import sys; sys.path.insert(0, sys.argv.pop(1)); from {__package__}.child import main; main()"
 """The process gets a clean environment without PYTHONPATH, and therefore the path of this package as an argument."""
 FIXED_ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "TZ": "UTC"}
@@ -94,6 +94,22 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         self._end_session()
         ask = partial(self._ask_about_sample, category, "check_calls", identity, category, calls)
         return Verdict(*retry_if_ended(ask))
+
+    def documents(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the function documents of each backend (a simulated API), by its class name."""
+        return self._look_up("documents")
+
+    def replay(
+        self, backends: Sequence[str], config: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Execute calls on new backends: `results`, a triple (text, failed, changed) per call, and the final `state`.
+
+        The state contains what BFCL compares. Nothing of it stays in the process.
+        """
+        self._end_session()
+        sendable = list(map(_to_sendable, calls))
+        ask = partial(self._ask, "replay", (backends, config, sendable), WALL_SECONDS_PER_CPU_SECOND * self._seconds)
+        return retry_if_ended(ask)
 
     def session(self, identity: str) -> Session:
         """Start a conversation with fresh backends (BFCL's simulated APIs). This ends the previous session."""

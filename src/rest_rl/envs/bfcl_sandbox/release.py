@@ -209,6 +209,54 @@ class BfclRelease:
         done = iter(results)
         return [f"Error during execution: {why}" if why else next(done) for _, why in written]
 
+    def documents(self) -> dict[str, list[dict[str, Any]]]:
+        files = import_bfcl("constants.executable_backend_config").MULTI_TURN_FUNC_DOC_FILE_MAPPING
+        folder = self.config.MULTI_TURN_FUNC_DOC_PATH
+        return {name: read_lines(folder / file) for name, file in files.items() if Path(file).stem in BACKENDS}
+
+    def replay(self, backends: list[str], config: dict[str, Any], calls: list[dict[str, Any]]) -> dict[str, Any]:
+        instances, methods = {}, {}
+        for name in backends:
+            home = importlib.import_module(self.executor.CLASS_FILE_PATH_MAPPING[name])
+            instances[name] = backend = getattr(home, name)()
+            if name not in self.executor.STATELESS_CLASSES:
+                backend._load_scenario(copy.deepcopy(config[name]))  # noqa: SLF001 - as the executor does
+            methods |= {key: method for key, method in inspect.getmembers(backend, inspect.ismethod) if key[0] != "_"}
+        state, results = dump_state(instances), list[Any]()
+        for call in calls:
+            text, failed = run_method(methods, call)
+            before, state = state, dump_state(instances)
+            results.append([text, failed, state != before])
+        return {"results": results, "state": json.loads(state)}
+
+
+def run_method(methods: Mapping[str, Callable[..., Any]], call: dict[str, Any]) -> tuple[str, bool]:
+    # Returns what the executor would return, without its `eval`, and whether the call failed. Defaults are copied: some
+    # are lists that the backends change, which would reach the next session.
+    try:
+        write_call(call, methods)
+        parameters = inspect.signature(methods[call["name"]]).parameters.values()
+        defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+        result = methods[call["name"]](**copy.deepcopy({**defaults, **call["arguments"]}))
+        first = result[0] if isinstance(result, list) and result else result
+        text = json.dumps(result, default=str) if isinstance(result, dict) else str(result)
+        return text, isinstance(first, dict) and "error" in first
+    except Exception as error:
+        return f"Error during execution: {error}"[:MAX_MESSAGE_LENGTH], True
+
+
+def dump_state(backends: Mapping[str, Any]) -> str:
+    # the attributes that BFCL compares, as JSON
+    def encode(value: Any) -> Any:
+        if isinstance(value, set):
+            return sorted(map(str, value))
+        return {key: item for key, item in vars(value).items() if key[0] != "_" and key != "parent"}
+
+    try:
+        return json.dumps(backends, default=encode)
+    except ValueError:  # `cp a a` puts a folder into itself
+        return '{"error": "circular"}'
+
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
