@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python -m research.warm_start --out model          the embedded model, in seven minutes
     python -m research.warm_start --set decision=call --out runs/call    the model of the second tool world
-    python -m research.warm_start --set world=shop --out shop            the model of the shop, in MINUTES minutes
+    python -m research.warm_start --set world=shop --out shop            the model of the shop, in four minutes
 
 Training has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean: correct
 demonstrations. Narrow: most demonstrations make exactly one call, whatever the request needs. The model then almost
