@@ -44,6 +44,7 @@ from rest_rl.envs.shop import STEP_SHARE, Shop, ShopSession
 from rest_rl.response import ToolCall
 
 N = 200
+ANSWERED = [{"role": "assistant", "content": "done"}]
 TASKS = {split: Shop().tasks(split, 0, N) for split in SPLITS}
 
 
@@ -89,7 +90,7 @@ def changes(before: State, after: State) -> dict[str, Any]:
 def play(session: ShopSession, calls: list[dict[str, Any]]) -> list[float]:
     """Make the calls; return all rewards, the final one last."""
     rewards = [session.call_tool(call["name"], call["arguments"]).reward for call in calls]
-    return [reward or 0.0 for reward in [*rewards, session.verify([]).reward]]
+    return [reward or 0.0 for reward in [*rewards, session.verify(ANSWERED).reward]]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_gold_calls_are_worth_1_and_no_call_is_worth_0(split: str) -> None:
         *steps, final = play(session, session.gold_calls())
         assert sum(steps) == pytest.approx(STEP_SHARE)
         assert final == pytest.approx(1 - STEP_SHARE)
-        assert session.verify([]).parts == {"success": 1.0, "progress": 1.0}
+        assert session.verify(ANSWERED).parts == {"success": 1.0, "progress": 1.0}
         assert play(Shop().open(task, 0), []) == [0.0]
         assert 2 <= len(steps) <= 5
 
@@ -256,7 +257,7 @@ def test_a_rollout_that_stops_early_keeps_its_steps() -> None:
     find, orders, cancel, _ = session.gold_calls()
     # Three of the four gold calls succeed: each is worth 0.1.
     assert play(session, [orders, cancel, find]) == pytest.approx([0.1, 0, 0.1, 0])
-    assert session.verify([]).parts == pytest.approx({"success": 0, "progress": 2 / 3})
+    assert session.verify(ANSWERED).parts == pytest.approx({"success": 0, "progress": 2 / 3})
 
 
 def test_the_shortest_way_succeeds_without_the_steps_it_leaves_out() -> None:
@@ -312,6 +313,17 @@ def test_a_session_has_all_optional_methods() -> None:
     assert {name for name in OPTIONAL_METHODS if hasattr(ShopSession, name)} == set(OPTIONAL_METHODS) - {"gold_answer"}
 
 
+def test_success_needs_an_answer_at_the_end() -> None:
+    task = TASKS["train"][0]
+    session = Shop().open(task, 0)
+    for call in task["gold"]:
+        session.call_tool(call["name"], call["arguments"])
+    calling = {"role": "assistant", "content": "", "tool_calls": [{}]}
+    for messages in ([], [calling], [calling, {"role": "tool", "content": "{}"}]):
+        assert session.verify(messages).parts == {"success": 0.0, "progress": 1.0}
+    assert session.verify(ANSWERED).reward == pytest.approx(0.7)
+
+
 def test_dialogues_are_the_gold_calls_with_their_results() -> None:
     for split in SPLITS:
         for task, dialogue in zip(TASKS[split][:50], dialogues(0, split), strict=False):
@@ -336,7 +348,7 @@ def test_the_first_record_is_the_right_one_in_a_third_of_the_tasks() -> None:
         session = Shop().open(task, 0)
         for step in solve(task, takes_first=True):
             session.call_tool(step.call.name, step.call.arguments)
-        hits += session.verify([]).parts["success"] == 1
+        hits += session.verify(ANSWERED).parts["success"] == 1
         total += 1
     assert hits / total == pytest.approx(1 / 3, abs=0.08)
 
@@ -418,7 +430,7 @@ def test_hostile_arguments_never_corrupt_the_state(calls: list[tuple[str, dict[s
         assert json.loads(result.text)
         assert not result.error or session.state() == before
     check_state(session.state())
-    assert 0 <= (session.verify([]).reward or 0) <= 1
+    assert 0 <= (session.verify(ANSWERED).reward or 0) <= 1
 
 
 def test_random_valid_calls_keep_rewards_in_range_and_the_state_sound() -> None:

@@ -19,7 +19,8 @@ class Shop:
     """Tasks about the accounts, orders and invoices of a shop (`rest_rl.data.shop` lists goals and splits).
 
     The rewards of a rollout sum to at most 1. The gold calls that succeed share `STEP_SHARE` equally, each paid once,
-    when it first succeeds. `verify` adds the rest if the final state equals the state after the gold calls.
+    when it first succeeds. `verify` adds the rest if the final state equals the state after the gold calls and the
+    rollout ends with an answer, so that a policy learns to stop.
     """
 
     name = "shop"
@@ -66,7 +67,9 @@ class ShopSession:
         return Result(text, reward, error=error)
 
     def verify(self, messages: Sequence[Message]) -> Result:
-        success = float(self._state == self._gold_state)
+        last = messages[-1] if messages else {}
+        has_answered = last.get("role") == "assistant" and not last.get("tool_calls")
+        success = float(has_answered and self._state == self._gold_state)
         progress = 1 - len(self._left) / len(self._needed)
         return Result(reward=(1 - STEP_SHARE) * success, parts={"success": success, "progress": progress})
 
