@@ -267,7 +267,7 @@ def test_the_shortest_way_succeeds_without_the_steps_it_leaves_out() -> None:
 
 def test_a_needless_change_costs_the_outcome() -> None:
     task = find_task("count")
-    other = next(key for key, row in task["state"]["customers"].items() if key != task["customer"])
+    other = next(key for key in task["state"]["customers"] if key != task["customer"])
     session = ShopSession({**task, "tools": [*task["tools"], "lock_account", "unlock_account"]})
     assert play(session, [*session.gold_calls(), {"name": "lock_account", "arguments": {"customer": other}}])[-1] == 0
     assert play(session, [{"name": "unlock_account", "arguments": {"customer": other}}])[-1] == pytest.approx(0.7)

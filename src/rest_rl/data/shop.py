@@ -26,7 +26,7 @@ from rest_rl.data.tool_world import OPENING_TAGS
 from rest_rl.errors import UserError
 from rest_rl.response import ToolCall
 
-SPLITS = ("train", "unseen_goals", "unseen_values")
+SPLITS: tuple[str, ...] = ("train", "unseen_goals", "unseen_values")
 GOALS = ("address", "cancel", "refund", "count", "file")
 ANSWER = "done"
 """The answer after the last call."""

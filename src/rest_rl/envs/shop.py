@@ -24,7 +24,7 @@ class Shop:
     """
 
     name = "shop"
-    splits = shop.SPLITS
+    splits: tuple[str, ...] = shop.SPLITS
     step_rewards = True
 
     def tasks(self, split: str, seed: int, number: int) -> list[Task]:
