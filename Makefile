@@ -10,11 +10,12 @@ READY_VERL := $(VENV_VERL)/.ready
 NEEDS_PYTHON = @test -n "$(PYTHON)" || { echo "error: none of $(CANDIDATES) is Python 3.10 to 3.13; install one, or pass PYTHON=..."; exit 2; }
 BFCL_PINS := 2025.6.14 2026.3.23
 
-.PHONY: train test slow test-verl lint wheel clean help
+.PHONY: train train-real test slow test-verl lint wheel clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train      set up, then train the embedded model with ResT (pass options with ARGS='--set run.seed=1')"
+	@echo "make train-real the same with SmolLM2-135M-Instruct and the tools of an office (downloads 93 MB)"
 	@echo "make test       set up, then run the default tests (pass options with ARGS='-k formats')"
 	@echo "make slow       run the slow tests: wheel in an empty environment, kill and resume, ..."
 	@echo "make test-verl  set up $(VENV_VERL), then run the verl tests: whole runs on a CPU, one or two minutes each"
@@ -38,6 +39,9 @@ $(READY_VERL): pyproject.toml constraints-verl.txt
 
 train: $(READY)
 	$(BIN)/rest-rl train $(ARGS)
+
+train-real: $(READY)
+	$(BIN)/rest-rl train --model smollm2 --data office $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)

@@ -33,6 +33,17 @@ def test_the_embedded_run_survives_a_round_trip() -> None:
     assert again.trl == config.trl
 
 
+def test_smollm2_in_the_office_starts_from_the_adapter_of_this_package() -> None:
+    model, office = 'model.path="smollm2"', 'data.path="office"'
+    for overrides in ([model, office], [office]):
+        assert read_run_file(None, overrides).model.adapter == "smollm2-office"
+    assert read_run_file(None, [model, office, 'model.adapter=""']).model.adapter == ""
+    for overrides in ([model], ['model.path="other"', office], [model, office, 'rest.preset="sft"']):
+        config = read_run_file(None, overrides)
+        assert config.model.adapter == ""
+        assert config.run.out != "runs/office"
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_resolved_run_of_every_preset_survives_a_round_trip(preset: str) -> None:
     config = RunConfig.from_toml("", [f"rest.preset={preset}"])

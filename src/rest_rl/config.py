@@ -95,7 +95,7 @@ class ModelTable(Table):
     path: str = EMBEDDED
     """A folder or hub name. An adapter is merged into its base model."""
     adapter: str = ""
-    """An adapter for the model of `path` to start from: a folder or a hub name."""
+    """An adapter for the model of `path` to start from: a folder, a hub name, or `smollm2-office` of this package."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; `auto` is float32 for full fine-tuning and bfloat16 with `[peft]`."""
     load_in_4bit: bool = False
@@ -393,19 +393,21 @@ def override_rule(own: Any, table: Mapping[str, Any], rules: Mapping[str, type],
 def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run file.
 
-    Without a path, reads a run file of this package: one for your own model if the overrides set a model
-    path, a data path or a supervised preset, otherwise the one for the tool world.
+    Without a path, reads a run file of this package: the one for the shop, for SmolLM2 in the office, for your own
+    model, data or environment or a supervised preset, otherwise the one for the tool world.
     """
     if path is None:
         overrides = list(overrides)
         requested = apply_overrides({}, overrides)
         # The tool world's settings do not suit your own model or data, so such runs start from other defaults.
-        is_own = any("path" in requested.get(table, {}) for table in ("model", "data", "env"))
-        is_supervised = requested.get("rest", {}).get("preset") in SUPERVISED
-        if requested.get("env", {}).get("path") == "shop" == requested.get("model", {}).get("path", "shop"):
+        paths = {table: requested.get(table, {}).get("path") for table in ("model", "data", "env")}
+        name = "own_model.toml" if any(paths.values()) else "tool_world.toml"
+        if requested.get("rest", {}).get("preset") in SUPERVISED:
+            name = "own_model_sft.toml"
+        elif paths["env"] == "shop" and paths["model"] in (None, "shop"):
             name = "shop.toml"
-        else:
-            name = "own_model_sft.toml" if is_supervised else "own_model.toml" if is_own else "tool_world.toml"
+        elif paths["data"] == "office" and paths["model"] in (None, "smollm2"):
+            name = "office.toml"
         return RunConfig.from_toml(read_asset(name), overrides, origin="the embedded run")
     text, folder = read_toml_text(Path(path)), Path(path).parent
     add_search_folder(folder)  # a user's rule or reward may be defined next to the run file

@@ -59,7 +59,12 @@ SMOLLM2 = WheelModel(
     download_mb=93,
     hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
-NAMED_MODELS: dict[str, str | WheelModel] = {EMBEDDED: "tool_world", "shop": "shop", "smollm2": SMOLLM2}
+NAMED_MODELS: dict[str, str | WheelModel] = {
+    EMBEDDED: "tool_world",
+    "shop": "shop",
+    "smollm2": SMOLLM2,
+    "smollm2-office": "smollm2_office",
+}
 """The models that a name stands for; a text is the folder of a model or adapter in this package's assets."""
 
 
