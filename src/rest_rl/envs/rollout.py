@@ -108,9 +108,12 @@ def derive_seed(seed: int, identity: Any) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def make_sample(task: Task, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> ToolSample:
-    """Return a task's prompt as a sample, without gold."""
-    return ToolSample(str(task.get("id", "")), tuple(messages), tuple(map(dict, tools)), Gold(), None, "task")
+def make_sample(
+    task: Task, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], gold: Gold | None = None
+) -> ToolSample:
+    """Return a task's prompt as a sample."""
+    identity, kind = str(task.get("id", "")), str(task.get("kind", "task"))
+    return ToolSample(identity, tuple(messages), tuple(map(dict, tools)), gold or Gold(), None, kind)
 
 
 def start_turn(

@@ -27,6 +27,9 @@ REASONING_ALLOWANCE, TEXT_ALLOWANCE = 256, 64
 """Tokens beyond twice the longest gold: if the prompt asks for reasoning, which gold may lack, and for other text."""
 
 
+LIMIT_WITHOUT_GOLD = 256
+
+
 class HeldOutPrompt(NamedTuple):
     """A held-out sample with its rendered prompt and its response limit in tokens."""
 
@@ -86,6 +89,8 @@ def derive_response_limit(golds: Sequence[str], layout: PromptLayout, most: int)
     """Return a response limit in tokens, at most `most`: twice the longest gold response plus an allowance."""
     if layout.expects_reasoning:
         return most
+    if not any(golds):  # an environment that does not know the calls
+        return min(most, LIMIT_WITHOUT_GOLD)
     allowance = REASONING_ALLOWANCE if layout.asks_for_reasoning else TEXT_ALLOWANCE
     return min(most, 2 * max(count_tokens(golds, layout.tokenizer), default=0) + allowance)
 

@@ -88,11 +88,8 @@ def _prepare_tasks(
     texts, golds = [each.prompt_text for each in prepared], [each.sample.gold for each in prepared]
     samples = []
     for number, task in enumerate(tasks):
-        identity, text = str(task.get("id", number)), json.dumps(task, ensure_ascii=False, default=str)
-        kind = str(task.get("kind", "task"))
-        message = ({"role": "user", "content": text},)
-        gold = golds[number % len(golds)]
-        sample = ToolSample(identity, message, (), gold, None, kind)
+        message = {"role": "user", "content": json.dumps(task, ensure_ascii=False, default=str)}
+        sample = make_sample({"id": number, **task}, [message], (), golds[number % len(golds)])
         samples.append(Prepared(sample, texts[number % len(texts)], layout.tokenizer))
     duplicates = [identity for identity, n in Counter(each.sample.id for each in samples).items() if n > 1]
     if duplicates:
@@ -109,12 +106,8 @@ def _open_task(task: Task, environment: Environment, config: RunConfig, layout: 
             raise UserError(problem, "a session", f"run rest-rl env check {config.env.path}")
         longest = max(guard.gold_calls or [], key=lambda call: len(json.dumps(call.arguments)), default=None)
         gold = Gold((longest,)) if longest else Gold()
-        sample = make_sample(task, guard.messages, guard.tools)
-        return Prepared(
-            ToolSample(sample.id, sample.messages, sample.tools, gold, None, sample.kind),
-            layout.render(sample),
-            layout.tokenizer,
-        )
+        sample = make_sample(task, guard.messages, guard.tools, gold)
+        return Prepared(sample, layout.render(sample), layout.tokenizer)
     finally:
         guard.close()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from rest_rl.data.layout import PromptLayout
@@ -119,7 +118,7 @@ class EnvironmentConversation(Conversation):
         # The oracle takes the gold calls one by one, then answers.
         gold = (self.guard.gold_calls or [])[len(turns) : len(turns) + 1]
         expected = Gold(tuple(gold), None if gold else self.guard.gold_answer)
-        sample = replace(make_sample(self.task, self.trajectory.messages, self.guard.tools), gold=expected)
+        sample = make_sample(self.task, self.trajectory.messages, self.guard.tools, expected)
         return Request(sample, step=len(turns), text=self._text)
 
     def _start(self) -> None:
