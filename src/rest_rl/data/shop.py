@@ -245,7 +245,7 @@ class Step(NamedTuple):
 def tasks(seed: int, split: str = "train", *, kinds: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the endless sequence of tasks that a seed and a split determine; all goals are equally frequent.
 
-    A task is a JSON object with `id`, `goal`, `request`, `tools` (names), `state` (at the start), `gold` (calls), and
+    A task is a JSON object with `id`, `goal` (also as `kind`), `request`, `tools` (names), `state` (at the start), `gold` (calls), and
     what the request says: `customer` and `by` (its name or its id), `reference` (item or color of the order),
     `target` (id of the order) and `value` (the new address, count or folder); a part that the goal lacks is None.
 
@@ -340,7 +340,15 @@ def _draw_task(rng: random.Random, identity: str, goal: str, split: str) -> dict
     others = [name for name in TOOLS if name not in USED_TOOLS[goal]]
     tools = [*USED_TOOLS[goal], *rng.sample(others, rng.choice((1, 2, 3)))]
     target = target if reference else None
-    about = {"goal": goal, "customer": customer, "by": by, "reference": reference, "target": target, "value": value}
+    about = {
+        "kind": goal,
+        "goal": goal,
+        "customer": customer,
+        "by": by,
+        "reference": reference,
+        "target": target,
+        "value": value,
+    }
     task = {"id": identity, **about, "tools": rng.sample(tools, len(tools)), "state": state}
     request = f"{rng.choice(OPENING_TAGS)} {_describe_wish(task)}"
     gold = [{"name": call.name, "arguments": call.arguments} for _, call, _, _ in solve(task)]
