@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rest_rl.config import RestTable, RunConfig, read_run_file
+from rest_rl.config import EnvTable, RestTable, RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError, check_minimums
@@ -83,6 +83,9 @@ def probe(
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"the norm cap is {norm_cap}", "0 (no cap) or a positive multiple of the median norm")
     config = resolve_run(model, data, overrides)  # fails on mistakes before minutes of loading and sampling
+    if config.env.path:
+        problem = f"the run trains in the environment {config.env.path}, which probe does not support"
+        raise UserError(problem, "dialogues", "pass --data; for an environment, run rest-rl env check")
     layouts = build_layouts(config, formats, observer)
     limited = config.with_response_limit(layouts[0].context)
     sampling = build_sampling(limited, group, seed, progress, max_new_tokens, batch_size)
@@ -157,8 +160,8 @@ def resolve_run(model: str | Path | None, data: str | Path | None, overrides: Se
         return read_run_file(None, options)
     if run.rest.is_supervised:
         run = replace(run, rest=RestTable(format=run.rest.format), trl=read_run_file(None, options).trl)
-    own = replace(run.data, held_out="") if data else run.data
-    return read_run_source(replace(run, data=own, eval=replace(run.eval, every=0)), options)
+    run = replace(run, data=replace(run.data, held_out=""), env=EnvTable()) if data else run
+    return read_run_source(replace(run, eval=replace(run.eval, every=0)), options)
 
 
 def build_sampling(

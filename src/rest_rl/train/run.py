@@ -318,6 +318,8 @@ def estimate_run(
     and predicts the run's duration from one micro-step, if the run fits the memory.
     """
     plan = make_plan(run, out=out, overrides=overrides, observer=observer, is_dry=True)
+    if plan.config.env.path:
+        observer.say(f"the estimate counts one turn of each rollout, of at most {plan.config.env.turns} (env.turns)")
     if plan.config.run.engine != "trl":
         remedy = "use --print-config; docs/cluster.md has notes on memory"
         raise UserError("--dry-run does not support verl", remedy=remedy)
