@@ -156,6 +156,7 @@ def test_lora_trains_resumes_and_goes_on_into_reinforcement_learning(
         folders["llama3_2"]
     )
     merged = load_policy(ModelTable(path=str(sft / "model")))[0]
+    assert all(parameter.requires_grad for parameter in merged.parameters())
     assert torch.allclose(logits_of(warm), logits_of(merged), atol=1e-4)
 
     assert main([*chain, "--set", "peft.r=8", "--out", str(tmp_path / "other")]) == 2
