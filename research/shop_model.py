@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from research import tool_world_model
@@ -75,7 +76,7 @@ def build_model(tokenizer: Any) -> Any:
     model = tool_world_model.build_model(tokenizer, hidden=trained.config.hidden_size)
     layers = {name: value for name, value in trained.state_dict().items() if "embed" not in name and "head" not in name}
     model.load_state_dict(layers, strict=False)
-    before, after = trained.get_input_embeddings().weight, model.get_input_embeddings().weight
+    before, after = (cast(Tensor, own.get_input_embeddings().weight) for own in (trained, model))
     free = sorted(at for token, at in old.items() if token not in new)
     random.Random(0).shuffle(free)
     unknown = sorted(token for token in new if token not in old)

@@ -66,6 +66,8 @@ NAMED_MODELS: dict[str, str | WheelModel] = {
     "smollm2-office": "smollm2_office",
 }
 """The models that a name stands for; a text is the folder of a model or adapter in this package's assets."""
+SMALL_MODELS = (EMBEDDED, "shop")
+"""The models of this package with less than a million parameters."""
 
 
 def locate_model(path: str, observer: Observer = SILENT) -> str | Path:

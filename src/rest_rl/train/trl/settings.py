@@ -17,7 +17,7 @@ from trl import GRPOConfig, SFTConfig
 from rest_rl.config import RunConfig, unknown_key_error, validate_value
 from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS, SILENT, Observer
-from rest_rl.train.named_models import NAMED_MODELS
+from rest_rl.train.named_models import SMALL_MODELS
 from rest_rl.train.policy import new_adapter_config
 from rest_rl.train.request import check_ranges
 from rest_rl.train.trl.trainer import ResTConfig, optimizer_steps_per_batch
@@ -41,7 +41,7 @@ def with_machine_defaults(config: RunConfig, observer: Observer = SILENT) -> Run
     """Return the run with `trl.use_cpu` and `trl.bf16` set, if they are not, on a machine without an accelerator."""
     if torch.accelerator.is_available():
         return config
-    is_embedded = isinstance(NAMED_MODELS.get(config.model.path), str)  # too small to gain from bfloat16
+    is_embedded = config.model.path in SMALL_MODELS  # too small to gain from bfloat16
     is_fast = has_fast_bfloat16() and not config.trl.get("fp16") and not is_embedded
     if "bf16" not in config.trl and not is_embedded:
         why = "multiplies bfloat16 fast" if is_fast else "has no fast bfloat16 arithmetic"
@@ -65,6 +65,7 @@ def with_whole_groups(config: RunConfig, observer: Observer = SILENT) -> RunConf
     if group is not None:
         found = {"per_device_train_batch_size": max(1, DEFAULT_SIZE // group) * group}
     else:
+        assert batch is not None
         sizes = [size for size in range(MIN_FITTED_GROUP, DEFAULT_SIZE + 1) if batch % size == 0]
         found = {"num_generations": max(sizes, default=DEFAULT_SIZE)}
     ((name, value),) = found.items()
