@@ -246,9 +246,9 @@ def tasks(seed: int, split: str = "train", *, kinds: Sequence[str] | None = None
     """Yield the endless sequence of tasks that a seed and a split determine; all goals are equally frequent.
 
     A task is a JSON object with `id`, `goal` (also as `kind`), `request`, `tools` (names), `state` (at the start),
-    `gold` (calls), and what the request says: `customer` and `by` (its name or its id), `reference` (item or color of the
-    order), `target` (id of the order) and `value` (the new address, count or folder); a part that the goal lacks is
-    None.
+    `gold` (calls), and what the request says: `customer` and `by` (its name or its id), `reference` (item or color of
+    the order), `target` (id of the order) and `value` (the new address, count or folder); a part that the goal lacks
+    is None.
 
     Args:
         seed: The seed of the sequence.
