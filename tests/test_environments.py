@@ -480,8 +480,17 @@ def server_environment() -> Any:
     return load_environment(f"mcp:{sys.executable} {SERVER}", options=options, tasks=[{"goal": 5}, {"goal": 6}])
 
 
+OTHERS: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _remember_other_children() -> None:
+    """Processes that earlier tests of this worker left running do not count."""
+    OTHERS.update(process.pid for process in psutil.Process().children(recursive=True))
+
+
 def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    return [process for process in psutil.Process().children(recursive=True) if process.pid not in OTHERS]
 
 
 @needs_mcp

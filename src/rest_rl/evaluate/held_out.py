@@ -89,7 +89,7 @@ def derive_response_limit(golds: Sequence[str], layout: PromptLayout, most: int)
     """Return a response limit in tokens, at most `most`: twice the longest gold response plus an allowance."""
     if layout.expects_reasoning:
         return most
-    if not any(golds):  # an environment that does not know the calls
+    if golds and not any(golds):  # an environment that does not know the calls
         return min(most, LIMIT_WITHOUT_GOLD)
     allowance = REASONING_ALLOWANCE if layout.asks_for_reasoning else TEXT_ALLOWANCE
     return min(most, 2 * max(count_tokens(golds, layout.tokenizer), default=0) + allowance)

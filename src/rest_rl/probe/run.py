@@ -83,9 +83,6 @@ def probe(
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"the norm cap is {norm_cap}", "0 (no cap) or a positive multiple of the median norm")
     config = resolve_run(model, data, overrides)  # fails on mistakes before minutes of loading and sampling
-    if config.env.path:
-        problem = f"the run trains in the environment {config.env.path}, which probe does not support"
-        raise UserError(problem, "dialogues", "pass --data; for an environment, run rest-rl env check")
     layouts = build_layouts(config, formats, observer)
     limited = config.with_response_limit(layouts[0].context)
     sampling = build_sampling(limited, group, seed, progress, max_new_tokens, batch_size)
@@ -154,14 +151,18 @@ def resolve_run(model: str | Path | None, data: str | Path | None, overrides: Se
     # A supervised run is followed by reinforcement learning, so its model is probed under the preset `rest`. Held-out
     # prompts belong to the run's own data; with other data they are dropped.
     path, run, _ = resolve_origin(str(model)) if model else (None, None, None)
+    if run and run.env.path and not data:
+        problem = f"the run trained in the environment {run.env.path}, which probe does not support"
+        raise UserError(problem, "dialogues", "pass --data; for an environment, run rest-rl env check")
     given = {"model.path": path, "data.path": str(data) if data else None}
     options = [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value), *overrides]
     if run is None:
         return read_run_file(None, options)
     if run.rest.is_supervised:
         run = replace(run, rest=RestTable(format=run.rest.format), trl=read_run_file(None, options).trl)
+    run = replace(run, eval=replace(run.eval, every=0))
     run = replace(run, data=replace(run.data, held_out=""), env=EnvTable()) if data else run
-    return read_run_source(replace(run, eval=replace(run.eval, every=0)), options)
+    return read_run_source(run, options)
 
 
 def build_sampling(
