@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import pytest
 
 import rest_rl
 from rest_rl.data.layout import PromptLayout
-from rest_rl.envs.guard import Limits
+from rest_rl.envs.guard import Guard, Limits
+from rest_rl.envs.rollout import derive_seed
 from rest_rl.envs.shop import Shop
 from rest_rl.evaluate.benchmarks.environment import EnvironmentTasks, compute_pass_hat
 from rest_rl.evaluate.conversation import Model, Reply
+from rest_rl.evaluate.models.local import LocalModel
+from rest_rl.formats import get_format
 from tests.live_environment import TEMPLATE, Counter
-from tests.tiny_policy import tiny_tokenizer
+from tests.tiny_policy import tiny_model, tiny_tokenizer
 
 
 class Scripted(Model):
@@ -105,3 +110,49 @@ def test_the_oracle_solves_the_shop_and_resumes(tmp_path):
     (tmp_path / "oracle" / "samples.jsonl").write_text("\n".join(lines[:5]) + "\n")
     again = rest_rl.evaluate(benchmark, oracle=True, format="toolrl", out=str(tmp_path / "oracle"), resume=True)
     assert [json.dumps(row) for row in again.rows] == [json.dumps(row) for row in result.rows]
+
+
+def test_attempts_share_the_seed_and_differ_in_their_samples():
+    seeds = []
+
+    class Seeded(Counter):
+        def open(self, task, seed):
+            seeds.append((task["id"], seed))
+            return super().open(task, seed)
+
+    benchmark = EnvironmentTasks(Seeded(), seed=0, prompts=2, attempts=3)
+    requests = []
+    for identity in benchmark.groups:
+        conversation = benchmark.start(identity, get_format("toolrl"))
+        requests.append(conversation.request())
+        conversation.close()
+    assert seeds == [(f"test-{n}", derive_seed(0, f"test-{n}")) for n in (0, 0, 0, 1, 1, 1)]
+    # One request per batch: equal prompts, but not equal samples.
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    layout = PromptLayout(tokenizer, "toolrl")
+    model = LocalModel(tiny_model(tokenizer), layout, batch_size=1, max_new_tokens=20, temperature=1.0)
+    texts = [model.respond([request])[0].text for request in requests]
+    assert len(set(texts)) > 1
+    assert texts == [model.respond([request])[0].text for request in requests]
+
+
+def test_a_session_that_starts_too_late_is_closed():
+    release, opened = threading.Event(), []
+
+    class Slow(Counter):
+        def open(self, task, seed):
+            release.wait(20)
+            opened.append(super().open(task, seed))
+            return opened[-1]
+
+    guard = Guard(Slow(), {"id": "a", "start": 0}, 0, Limits(timeout=0.05))
+    guard.wait_for_start()
+    assert "no answer" in guard.failure
+    guard.close()
+    release.set()
+    for _ in range(500):
+        if opened and opened[0].closed:
+            break
+        time.sleep(0.01)
+    assert opened[0].closed

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rest_rl.cli.env import parse_options
+from rest_rl.cli.env import ENV, parse_options
 from rest_rl.cli.options import AsJson, Verb, verb_group
 from rest_rl.errors import UserError
 from rest_rl.evaluate.request import EvalRequest, option_name
@@ -99,15 +99,11 @@ _add_benchmark(
     "Evaluate on single turns of the shop: exact match on unseen goals and unseen values. `env shop` runs whole tasks.",
     "shop --model shop",
 )
-ENVIRONMENT = typer.Argument(
-    metavar="ENV",
-    help="a world that ships (shop, bfcl-tasks, tau2-telecom), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND",
-)
 _add_benchmark(
     "env",
     "Evaluate in an environment: whole rollouts over several turns, success, and pass^k over several attempts.",
     "env shop --model runs/shop --attempts 4",
-    inspect.Parameter("env", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, ENVIRONMENT]),
+    inspect.Parameter("env", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, ENV]),
 )
 ADDRESS = typer.Argument(metavar="MODULE:OBJECT", help="a rest_rl.Benchmark, or a function that returns one")
 _add_benchmark(

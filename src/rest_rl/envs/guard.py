@@ -175,11 +175,15 @@ class Guard:
 
         If a call hangs, the session is closed from another thread, which can end the call.
         """
-        if self._session is not None:
-            job = self._submit(self._session.close)
-            if self._is_hung:
-                threading.Thread(target=job.run, daemon=True).start()
+        job = self._submit(self._close_session)
+        if self._is_hung and self._session is not None:
+            threading.Thread(target=job.run, daemon=True).start()
         self._jobs.put(None)
+
+    # If the session only starts after the time limit, its own thread still closes it.
+    def _close_session(self) -> None:
+        if self._session is not None:
+            self._session.close()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

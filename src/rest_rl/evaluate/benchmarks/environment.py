@@ -59,9 +59,11 @@ class EnvironmentTasks(Benchmark):
         self.groups = {identity: split for identity, (split, _) in self.tasks.items()}
 
     def start(self, identity: str, tool_format: ToolFormat) -> EnvironmentConversation:
+        # All attempts share the task's seed, as a group does in training: the seed can decide what the task is.
         _, task = self.tasks[identity]
-        guard = Guard(self.environment, task, derive_seed(self.seed, identity), self.limits)
-        return EnvironmentConversation(task, guard, tool_format, self.layout)
+        own = identity.partition("/")[2].rpartition("#")[0]
+        guard = Guard(self.environment, task, derive_seed(self.seed, own), self.limits)
+        return EnvironmentConversation(identity, task, guard, tool_format, self.layout)
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return means per rollout, ends and errors by kind, and pass^k over tasks with a 95 % interval."""
@@ -104,8 +106,11 @@ def compute_pass_hat(rows: Sequence[Mapping[str, Any]], attempts: int) -> dict[s
 class EnvironmentConversation(Conversation):
     """One rollout, driven by an evaluation."""
 
-    def __init__(self, task: Task, guard: Guard, tool_format: ToolFormat, layout: PromptLayout | None) -> None:
-        self.task, self.guard, self.format, self.layout = task, guard, tool_format, layout
+    def __init__(
+        self, identity: str, task: Task, guard: Guard, tool_format: ToolFormat, layout: PromptLayout | None
+    ) -> None:
+        self.identity, self.task, self.guard = identity, task, guard
+        self.format, self.layout = tool_format, layout
         self.trajectory = Trajectory(task, stop="turn limit")
         self._text = ""
 
@@ -118,7 +123,7 @@ class EnvironmentConversation(Conversation):
         # The oracle takes the gold calls one by one, then answers.
         gold = (self.guard.gold_calls or [])[len(turns) : len(turns) + 1]
         expected = Gold(tuple(gold), None if gold else self.guard.gold_answer)
-        sample = make_sample(self.task, self.trajectory.messages, self.guard.tools, expected)
+        sample = make_sample({**self.task, "id": self.identity}, self.trajectory.messages, self.guard.tools, expected)
         return Request(sample, step=len(turns), text=self._text)
 
     def _start(self) -> None:

@@ -71,7 +71,7 @@ class LocalModel(TokenModel):
                 greedy=self.temperature == 0,
                 temperature=self.temperature or 1.0,
                 # The same batch has the same samples, so that a resumed evaluation equals an uninterrupted one.
-                seed=compute_digest([prompt.text for prompt in prompts]) % 2**32,
+                seed=compute_digest([(prompt.identity, prompt.text) for prompt in prompts]) % 2**32,
             )
         except RuntimeError as error:  # CUDA has a subclass, other devices raise a plain RuntimeError
             if "out of memory" not in str(error).lower():

@@ -17,6 +17,8 @@ class TokenPrompt(NamedTuple):
     text: str
     ids: list[int]
     limit: int
+    identity: str = ""
+    """The id of the sample; equal prompts of several samples are sampled differently."""
 
 
 def prepare_prompt(
@@ -39,7 +41,7 @@ def prepare_prompt(
     limit = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
     if limit < 1:
         return Reply(overflow=f"the prompt has {len(ids)} tokens, the context {context}", prompt_tokens=len(ids))
-    return TokenPrompt(text, ids, limit)
+    return TokenPrompt(text, ids, limit, request.sample.id)
 
 
 def compute_context_usage(
