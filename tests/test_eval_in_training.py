@@ -116,6 +116,14 @@ def test_training_is_bit_identical_with_and_without_evaluation(kind: str, run_fi
     assert weights_of(with_it) == weights_of(without)
 
 
+def test_a_run_can_be_evaluated_only_after_training(run_file: Path, watched: Path, tmp_path: Path) -> None:
+    without = train(run_file, tmp_path / "run", "--set", "eval.before=false", every=0)
+    summaries = [read_run(folder).summary for folder in (without, watched)]
+    assert "before" not in summaries[0]
+    assert summaries[0]["after"] == summaries[1]["after"]
+    assert write_report([without], tmp_path / "report").is_file()
+
+
 def test_trainer_times_and_counts_exclude_evaluation(watched: Path) -> None:
     rows = read_run(watched).timing
     evaluated = [row for row in rows if "evaluation_time" in row]

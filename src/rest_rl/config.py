@@ -177,6 +177,8 @@ class EvalTable(Table):
 
     prompts: NonNegativeInt = 256
     """Held-out prompts per split; 0 turns evaluation off."""
+    before: bool = True
+    """Evaluate also before training; false for further runs of a model whose scores are known."""
     samples_per_prompt: PositiveInt = 1
     """Responses per prompt, sampled at temperature 1."""
     low_temperature: Decay = 0.2

@@ -363,7 +363,7 @@ def _describe_wish(task: Mapping[str, Any]) -> str:
         return f'set the address of {customer} to "{task["value"]}"'
     order = f'the "{task["state"]["orders"][task["target"]][task["reference"]]}" order of {customer}'
     if goal == "count":
-        return f"set the count of {order} to {task['value']}"
+        return f'set the count of {order} to "{task["value"]}"'
     return f'file the invoice of {order} to "{task["value"]}"' if goal == "file" else f"{goal} {order}"
 
 

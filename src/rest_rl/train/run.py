@@ -156,7 +156,7 @@ def execute(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observ
     record_data(data, log, observer)
     engine.start(log)
     held_out = HeldOutEvaluator(engine, data.held_out, plan, log, observer)
-    if not checkpoint.is_last:
+    if config.eval.before and not checkpoint.is_last:
         held_out.measure("before")
     reached = engine.run(held_out.after_step)
     if reached.is_interrupted:
@@ -356,7 +356,7 @@ def predict_plan(plan: RunPlan, work: Workload) -> Duration:
         steps=work.steps,
         held_out_tokens=predict_lengths(golds, layout, table.batch_size, response_limit(config, golds, layout)),
         held_out_batches=passes * -(-len(held_out) // table.batch_size),
-        evaluations=2 + interim,
+        evaluations=1 + config.eval.before + interim,
     )
     return predict_duration(measure_costs(config, layout, plan.data, max(1, int(tokens.low))), amounts)
 

@@ -112,6 +112,7 @@ def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = Fal
         f"{MODEL}.trust_remote_code": config.model.trust_remote_code,
         f"{ROLLOUT}.top_k": trl["top_k"] or -1,  # no limit is 0 in TRL and -1 in vLLM
         f"{ROLLOUT}.val_kwargs.n": config.eval.samples_per_prompt,
+        "trainer.val_before_train": config.eval.before,
         "trainer.experiment_name": Path(config.run.out).name,
     }
     if trl["beta"]:  # TRL's KL term: exp(d) - d - 1 with d = log(p_ref / p); the token weights do not multiply it
