@@ -395,8 +395,8 @@ def override_rule(own: Any, table: Mapping[str, Any], rules: Mapping[str, type],
 def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run file.
 
-    Without a path, reads a run file of this package: the one for the shop, for SmolLM2 in the office, for your own
-    model, data or environment or a supervised preset, otherwise the one for the tool world.
+    Without a path, reads a run file of this package: the one for the shop, for SmolLM2 in the office or on your own
+    data, for your own model, data or environment or a supervised preset, otherwise the one for the tool world.
     """
     if path is None:
         overrides = list(overrides)
@@ -410,6 +410,8 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
             name = "shop.toml"
         elif paths["data"] == "office" and paths["model"] in (None, "smollm2"):
             name = "office.toml"
+        elif paths["model"] == "smollm2":
+            name = "smollm2.toml"
         return RunConfig.from_toml(read_asset(name), overrides, origin="the embedded run")
     text, folder = read_toml_text(Path(path)), Path(path).parent
     add_search_folder(folder)  # a user's rule or reward may be defined next to the run file

@@ -97,7 +97,7 @@ def train(
     # Later changes win: shorthands, then verl and LoRA, then --set, so that --set can override everything.
     changes = shorthands({**keys, "rest.format": tool_format, "run.engine": engine})
     changes += verl_overrides(nodes, gpus_per_node, settings)
-    changes += lora_overrides(lora, preset, is_own=bool(model or data or env) and not (run or resume))
+    changes += lora_overrides(lora, changes, is_own=bool(model or data or env) and not (run or resume))
     source: dict[str, Any] = {"run": run, "out": out, "resume": resume, "overrides": [*changes, *overrides]}
     config = resolve_run(**source, is_dry=is_dry or print_config)
     if of_verl and config.run.engine != "verl":
@@ -143,15 +143,15 @@ def shorthands(keys: Mapping[str, str | None]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
 
 
-def lora_overrides(rank: int | None, preset: str | None, *, is_own: bool) -> list[str]:
+def lora_overrides(rank: int | None, changes: Sequence[str], *, is_own: bool) -> list[str]:
     # Returns the changes for `--lora`; adapters need ten times the learning rate of full fine-tuning.
-    from rest_rl.presets import SUPERVISED
+    from rest_rl.config import read_run_file
 
     if rank is None:
         return []
     # Set the rate only for your own model without a run file: a run file or a resumed run already determines the rate.
-    rate = "1e-4" if preset in SUPERVISED else "1e-5"
-    return [f"peft.r={rank}", *([f"trl.learning_rate={rate}"] if is_own else [])]
+    rate = 10 * read_run_file(None, changes).trl["learning_rate"] if is_own else None
+    return [f"peft.r={rank}", *([f"trl.learning_rate={rate:.6g}"] if rate else [])]
 
 
 def name_verl_options(*values: object) -> list[str]:
