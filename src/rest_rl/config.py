@@ -400,25 +400,29 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
     """
     if path is None:
         overrides = list(overrides)
-        requested = apply_overrides({}, overrides)
-        # The tool world's settings do not suit your own model or data, so such runs start from other defaults.
-        paths = {table: requested.get(table, {}).get("path") for table in ("model", "data", "env")}
-        name = "own_model.toml" if any(paths.values()) else "tool_world.toml"
-        if requested.get("rest", {}).get("preset") in SUPERVISED:
-            name = "own_model_sft.toml"
-        elif paths["env"] == "shop" and paths["model"] in (None, "shop"):
-            name = "shop.toml"
-        elif paths["data"] == "office" and paths["model"] in (None, "smollm2"):
-            name = "office.toml"
-        elif paths["model"] == "smollm2":
-            name = "smollm2.toml"
-        return RunConfig.from_toml(read_asset(name), overrides, origin="the embedded run")
+        text = read_asset(choose_run_file(apply_overrides({}, overrides)))
+        return RunConfig.from_toml(text, overrides, origin="the embedded run")
     text, folder = read_toml_text(Path(path)), Path(path).parent
     add_search_folder(folder)  # a user's rule or reward may be defined next to the run file
     is_recorded = Path(path).name == CONFIG and (folder / ENVIRONMENT).exists()
     if Path(path).name == CONFIG:
         add_module_folders(folder)
     return RunConfig.from_toml(text, overrides, origin=str(path), is_recorded=is_recorded)
+
+
+def choose_run_file(changes: Mapping[str, Any]) -> str:
+    """Return the name of the package's run file that suits a run with these changes, given as tables."""
+    # The tool world's settings do not suit your own model or data, so such runs start from other defaults.
+    paths = {table: changes.get(table, {}).get("path") for table in ("model", "data", "env")}
+    if changes.get("rest", {}).get("preset") in SUPERVISED:
+        return "own_model_sft.toml"
+    if paths["env"] == "shop" and paths["model"] in (None, "shop"):
+        return "shop.toml"
+    if paths["data"] == "office" and paths["model"] in (None, "smollm2"):
+        return "office.toml"
+    if paths["model"] == "smollm2":
+        return "smollm2.toml"
+    return "own_model.toml" if any(paths.values()) else "tool_world.toml"
 
 
 def read_asset(name: str = "tool_world.toml") -> str:

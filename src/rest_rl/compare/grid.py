@@ -15,7 +15,16 @@ from typing import Any, Literal, NamedTuple
 
 import tomli_w
 
-from rest_rl.config import RunConfig, apply_overrides, from_mapping, parse_toml, read_asset, rename_keys, without_none
+from rest_rl.config import (
+    RunConfig,
+    apply_overrides,
+    choose_run_file,
+    from_mapping,
+    parse_toml,
+    read_asset,
+    rename_keys,
+    without_none,
+)
 from rest_rl.errors import UserError, warn_renamed
 from rest_rl.jsonl import describe_os_error
 from rest_rl.objects import add_search_folder
@@ -275,7 +284,11 @@ def build_base_tables(
 ) -> Tables:
     # The run file, then `[base]`, then the overrides. The grid sets the folder and the seed of every run itself, and
     # does not print responses while it trains.
-    text, origin = (read_text(path), str(path)) if path else (read_asset(), "the embedded run")
+    overrides = list(overrides)
+    given = apply_overrides(changes, overrides)
+    has_data = any((given.get(table) or {}).get("path") for table in ("data", "env"))
+    asset = choose_run_file(given) if has_data else "tool_world.toml"
+    text, origin = (read_text(path), str(path)) if path else (read_asset(asset), "the embedded run")
     tables = apply_overrides(merge_tables(rename_keys(parse_toml(text, origin), warn=warn), changes), overrides)
     run = {key: value for key, value in (tables.get("run") or {}).items() if key not in ("out", "seed")}
     tables = {**tables, "run": {"show_every": 0, **run}}
