@@ -65,8 +65,26 @@ def judge(goal: int, messages: list[dict[str, Any]]) -> dict[str, Any]:
     return {"reward": success, "parts": {"success": success, "messages": float(len(messages))}}
 
 
+def serve_with_token(port: int, token: str) -> None:
+    """Serve over http, but refuse requests without the token."""
+    import uvicorn
+
+    app = server.streamable_http_app()
+
+    async def check(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and dict(scope["headers"]).get(b"authorization") != f"Bearer {token}".encode():
+            await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body"})
+        else:
+            await app(scope, receive, send)
+
+    uvicorn.run(check, host="127.0.0.1", port=port, log_level="error")
+
+
 if __name__ == "__main__":
-    if settings:
+    if settings and "COUNTER_TOKEN" in os.environ:
+        serve_with_token(settings["port"], os.environ["COUNTER_TOKEN"])
+    elif settings:
         server.run("streamable-http", **({} if is_version_1 else settings))
     else:
         print("counting", file=sys.stderr)

@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -24,10 +25,12 @@ import psutil
 import pytest
 from typing_extensions import TypedDict
 
+from rest_rl.config import RunConfig
 from rest_rl.data.layout import PromptLayout
 from rest_rl.envs.adapters import describe_function, make_verdict
 from rest_rl.envs.guard import Limits
 from rest_rl.envs.load import load_environment
+from rest_rl.envs.mcp import McpServer
 from rest_rl.envs.rollout import Generated, Rollouts
 from rest_rl.envs.session import Message, Result, Task
 from rest_rl.errors import UserError
@@ -625,13 +628,13 @@ def test_no_server_outlives_the_interpreter() -> None:
     assert not psutil.pid_exists(int(done.stdout))
 
 
-@pytest.fixture
-def http_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("NO_PROXY", "*")
+@contextmanager
+def run_http_server(**variables: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with subprocess.Popen([sys.executable, str(SERVER), str(port)], stderr=subprocess.DEVNULL) as server:
+    command, env = [sys.executable, str(SERVER), str(port)], {**os.environ, **variables}
+    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as server:
         try:
             for _ in range(600):
                 with socket.socket() as probe:
@@ -643,14 +646,58 @@ def http_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             server.kill()
 
 
+HIDDEN = {"verify_tool": "judge", "reset_tool": "start"}
+
+
 @needs_mcp
-def test_a_server_over_http(http_server: str) -> None:
-    options = {"verify_tool": "judge", "reset_tool": "start"}
-    environment = load_environment(f"mcp:{http_server}", options=options, tasks=[{"goal": 5}])
-    session = environment.open({"id": "0", "goal": 5}, 3)
-    assert session.call_tool("add", {"amount": 2}).text == "the counter is 5"
-    assert session.verify([]).reward == 1.0
-    session.close()
+def test_a_server_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    with run_http_server() as address:
+        environment = load_environment(f"mcp:{address}", options=HIDDEN, tasks=[{"goal": 5}])
+        session = environment.open({"id": "0", "goal": 5}, 3)
+        assert session.call_tool("add", {"amount": 2}).text == "the counter is 5"
+        assert session.verify([]).reward == 1.0
+        session.close()
+
+
+@needs_mcp
+def test_a_server_over_http_that_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("OUR_TOKEN", "se$cret\n")  # files of variables often end with a line break
+    options = {**HIDDEN, "headers": {"Authorization": "Bearer ${OUR_TOKEN}"}}
+    with run_http_server(COUNTER_TOKEN="se$cret") as address:
+        source, tasks = f"mcp:{address}", [{"goal": 5}]
+        session = load_environment(source, options=options, tasks=tasks).open({"id": "0", "goal": 5}, 3)
+        assert session.call_tool("add", {"amount": 2}).text == "the counter is 5"
+        assert session.verify([]).reward == 1.0
+        session.close()
+        for wrong in ({}, {"headers": {"Authorization": "Bearer $$OUR_TOKEN"}}):
+            with pytest.raises(UserError, match="reach"):
+                load_environment(source, options={**HIDDEN, **wrong}, tasks=tasks)
+    config = RunConfig.from_tables({"env": {"path": source, "options": options}, "model": {"path": "x"}})
+    assert "secret" not in config.to_toml().replace("$", "")
+    assert RunConfig.from_toml(config.to_toml()).env.options == options
+
+
+@needs_mcp
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": "Bearer $NO_SUCH_VARIABLE"},
+        {"Authorization": "Bearer $"},
+        {"Authorization": "a$BROKEN_TOKEN"},
+        {"Authorization": 5},
+        {"Authorization": " "},
+        "Authorization: x",
+    ],
+)
+def test_mistakes_in_headers_are_user_errors(headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROKEN_TOKEN", "one\nsecret")
+    with pytest.raises(UserError) as found:  # before anything is sent
+        McpServer("http://127.0.0.1:1/mcp", {"headers": headers})
+    assert "secret" not in str(found.value)
+    with pytest.raises(UserError):
+        McpServer(sys.executable, {"headers": {"Authorization": "x"}})
 
 
 @needs_mcp

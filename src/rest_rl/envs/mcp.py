@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
+from string import Template
 from typing import Any
 
 from rest_rl.envs.adapters import append_observation, join_content, make_tool, make_verdict, prompt_messages, read_field
@@ -22,7 +23,7 @@ from rest_rl.envs.background import background_loop
 from rest_rl.envs.session import Message, Result, Task
 from rest_rl.errors import UserError
 
-OPTIONS = ("verify_tool", "reset_tool", "timeout")
+OPTIONS = ("verify_tool", "reset_tool", "timeout", "headers")
 TIMEOUT = 120.0
 """Seconds after which a server that does not answer is ended; a rollout's own limit should be shorter."""
 _CLOSING = 10.0
@@ -34,7 +35,8 @@ class McpServer:
     """Opens sessions of the server with this command or http address.
 
     Raises:
-        UserError: The SDK is not installed, an option is unknown, or the server cannot be started or lacks a tool.
+        UserError: The SDK is not installed, an option is unknown or wrong, or the server cannot be started or lacks a
+            tool.
     """
 
     def __init__(self, target: str, options: Mapping[str, Any]) -> None:
@@ -51,6 +53,15 @@ class McpServer:
         if not words or not (self.is_remote or shutil.which(words[0])):
             expected = "mcp: and a command or an http address, such as 'mcp:python server.py'"
             raise UserError(f"there is no command {words[0]!r}" if words else "'mcp:' names no server", expected)
+        given = options.get("headers") or {}
+        if given and not self.is_remote:
+            remedy = "remove them; the command inherits your environment variables"
+            raise UserError("headers are set, but the MCP server is a command", "an http address", remedy)
+        if not isinstance(given, Mapping):
+            raise UserError(
+                f"headers is of type {type(given).__name__}", "header names with their values", "correct it"
+            )
+        self.headers = {name: _expand_header(name, value) for name, value in given.items()}
 
     @property
     def is_remote(self) -> bool:
@@ -61,9 +72,9 @@ class McpServer:
         try:
             connection = _Connection(self, {})
         except Exception as error:
-            raise UserError(
-                f"cannot start the MCP server {self.target!r} ({error})", remedy="try it by hand"
-            ) from error
+            verb, more = ("reach", "; if it wants a token, set headers") if self.is_remote else ("start", "")
+            problem = f"cannot {verb} the MCP server {self.target!r} ({error})"
+            raise UserError(problem, remedy=f"try it by hand{more}") from error
         try:
             names = [tool["function"]["name"] for tool in connection.list_tools()]
         finally:
@@ -81,6 +92,21 @@ class McpServer:
         except BaseException:
             connection.close()
             raise
+
+
+# Configurations and logs keep the text as given, with the names of variables. No message quotes the expanded one.
+def _expand_header(name: str, text: Any) -> str:
+    try:
+        value = Template(text).substitute(os.environ).strip()
+    except KeyError as error:
+        problem = f"the header {name!r} needs the environment variable {error.args[0]}"
+        raise UserError(problem, remedy="set it, or write $$ for a dollar sign") from None
+    except (TypeError, ValueError):
+        expected = "text in which $NAME stands for an environment variable and $$ for a dollar sign"
+        raise UserError(f"the header {name!r} has the wrong form", expected, "correct it") from None
+    if not (value and value.isascii() and value.isprintable()):
+        raise UserError(f"the header {name!r} is empty or has special characters", "printable ASCII", "correct it")
+    return value
 
 
 class McpSession:
@@ -191,22 +217,25 @@ class _Connection:
         from mcp import ClientSession
 
         async with AsyncExitStack() as stack:
-            streams = await stack.enter_async_context(self._connect(variables))
+            streams = await self._connect(stack, variables)
             session = await stack.enter_async_context(ClientSession(streams[0], streams[1]))
             await session.initialize()
             ready.set_result(session)
             await self._stop.wait()
 
-    def _connect(self, variables: Mapping[str, str]) -> Any:
+    async def _connect(self, stack: AsyncExitStack, variables: Mapping[str, str]) -> Any:
         if self._server.is_remote:
-            from mcp.client import streamable_http
+            from mcp.client.streamable_http import streamable_http_client
+            from mcp.shared._httpx_utils import create_mcp_http_client  # with the time limits of the SDK
 
-            return streamable_http.streamable_http_client(self._server.target)
+            client = await stack.enter_async_context(create_mcp_http_client(headers=self._server.headers))
+            return await stack.enter_async_context(streamable_http_client(self._server.target, http_client=client))
         from mcp import StdioServerParameters, stdio_client
 
         command, *arguments = shlex.split(self._server.target)
         environment = {**os.environ, **variables}
-        return stdio_client(StdioServerParameters(command=command, args=arguments, env=environment), errlog=self._log)
+        parameters = StdioServerParameters(command=command, args=arguments, env=environment)
+        return await stack.enter_async_context(stdio_client(parameters, errlog=self._log))
 
     def _ask(self, request: Coroutine[Any, Any, Any]) -> Any:
         try:
