@@ -10,11 +10,13 @@ import rest_rl
 from rest_rl.data.layout import PromptLayout
 from rest_rl.envs.guard import Guard, Limits
 from rest_rl.envs.rollout import derive_seed
+from rest_rl.envs.session import Result
 from rest_rl.envs.shop import Shop
 from rest_rl.evaluate.benchmarks.environment import EnvironmentTasks, compute_pass_hat
 from rest_rl.evaluate.conversation import Model, Reply
 from rest_rl.evaluate.models.local import LocalModel
 from rest_rl.formats import get_format
+from rest_rl.statistics import wilson_interval
 from tests.live_environment import TEMPLATE, Counter
 from tests.tiny_policy import tiny_model, tiny_tokenizer
 
@@ -99,6 +101,24 @@ def test_pass_hat_by_hand():
     # mean 1/2 of 0 and 1: standard deviation sqrt(1/2), error 1/2
     assert (found["k=3"]["low"], found["k=3"]["high"]) == (0.0, 1.0)
     assert found["k=1"]["high"] - found["k=1"]["low"] == pytest.approx(1 - (5 / 6 - 1.96 / 6))
+
+
+def test_the_interval_counts_attempts_at_one_task_as_dependent(tmp_path):
+    class Lucky(Counter):
+        """The first of the three tasks cannot be solved."""
+
+        def open(self, task, seed):
+            session = super().open(task, seed)
+            if task["id"] == "test-0":
+                session.verify = lambda messages: Result(parts={"success": 0.0})
+            return session
+
+    benchmark = EnvironmentTasks(Lucky(), seed=0, prompts=3, attempts=4)
+    model = Scripted([call(1), call(2), ANSWER])
+    result = rest_rl.evaluate(benchmark, model, format="toolrl", out=str(tmp_path / "eval"))
+    found = result.scores()["overall"]
+    assert (found.correct, found.n) == (8, 12)
+    assert (found.low, found.high) == pytest.approx(wilson_interval(2, 3))  # all attempts at a task agree
 
 
 def test_the_oracle_solves_the_shop_and_resumes(tmp_path):

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from rest_rl.statistics import Interval, mcnemar_p_value, paired_difference, weighted_mean, wilson_interval
+from rest_rl.statistics import (
+    Interval,
+    clustered_wilson_interval,
+    mcnemar_p_value,
+    paired_difference,
+    weighted_mean,
+    wilson_interval,
+)
 
 COUNTS = st.integers(0, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 FLIPS = st.integers(0, 500).flatmap(
@@ -23,6 +30,27 @@ def test_wilson_by_hand() -> None:
     assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
     # none of 10: [0, z² / (10 + z²)] = [0, 3.8415 / 13.8415]
     assert wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=5e-6)
+
+
+def test_wilson_with_clusters_by_hand() -> None:
+    # Four tasks with 3, 3, 0 and 2 of 3: p = 8/12, p n_c = 2, so the squares add up to 1 + 1 + 4 + 0 = 6, and
+    # D = 6 / (12 * 2/3 * 1/3) = 9/4. With 12 / D = 16/3 samples and z² = 3.8415: centre (3.5556 + 1.9207) / 9.1748 =
+    # 0.5969, half = sqrt(3.8415 (1.1852 + 0.9604)) / 9.1748 = 0.3129.
+    assert clustered_wilson_interval([(3, 3), (3, 3), (0, 3), (2, 3)]) == pytest.approx((0.2840, 0.9098), abs=5e-5)
+    # Attempts that always agree count once, as one attempt per task: 4 tasks of which 3 are solved, 5 times each.
+    assert clustered_wilson_interval([(5, 5)] * 3 + [(0, 5)]) == pytest.approx(wilson_interval(3, 4))
+    assert clustered_wilson_interval([(5, 5)] * 3) == wilson_interval(3, 3)
+    assert clustered_wilson_interval([(0, 5)] * 3) == wilson_interval(0, 3)
+    # Equal shares in every task do not make the interval narrower than independent samples.
+    assert clustered_wilson_interval([(1, 2)] * 6) == pytest.approx(wilson_interval(6, 12))
+    assert clustered_wilson_interval([]) == (0.0, 1.0)
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=50))
+def test_clusters_of_one_sample_change_nothing(outcomes: list[int]) -> None:
+    assert clustered_wilson_interval([(right, 1) for right in outcomes]) == wilson_interval(
+        sum(outcomes), len(outcomes)
+    )
 
 
 @pytest.mark.parametrize(("n", "points"), [(200, 6.9), (1053, 3.0), (16, 22.0)])

@@ -80,6 +80,8 @@ class Benchmark(Protocol):
     """Names of the boolean verdicts in each row, the headline metric first."""
     group_field: str = "category"
     """The row field that contains the group."""
+    cluster_field: str = "id"
+    """A row field that is equal in samples that depend on each other, such as attempts at one task; for intervals."""
     groups: Mapping[str, Any]
     """The group (text or number) of each sample by its id, in evaluation order."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from rest_rl.evaluate.conversation import Benchmark, Conversation, Model, Reply
 from rest_rl.evaluate.log import EvalLog, Row
 from rest_rl.formats import ToolFormat
-from rest_rl.statistics import wilson_interval
+from rest_rl.statistics import clustered_wilson_interval
 
 OVERALL = "overall"
 
@@ -147,12 +147,15 @@ def summarize(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
     members: dict[str, list[Row]] = {}
     for row in rows:
         members.setdefault(group_label(benchmark.group_field, row[benchmark.group_field]), []).append(row)
+    cluster = getattr(benchmark, "cluster_field", "id")
     groups = {
-        name: score_group(members[name], benchmark.metrics, size) for name, size in sizes.items() if name in members
+        name: score_group(members[name], benchmark.metrics, size, cluster)
+        for name, size in sizes.items()
+        if name in members
     }
     extras = dict(benchmark.extras(rows))
     if "official" not in extras:
-        groups[OVERALL] = score_group(rows, benchmark.metrics, len(benchmark.groups))
+        groups[OVERALL] = score_group(rows, benchmark.metrics, len(benchmark.groups), cluster)
     about = {"benchmark": benchmark.name, "pin": benchmark.pin, "metrics": list(benchmark.metrics)}
     return {**about, "group_field": benchmark.group_field, "groups": groups, **extras}
 
@@ -162,10 +165,10 @@ def group_label(field: str, group: str | int) -> str:
     return group if isinstance(group, str) else f"{field.title()}{group}"
 
 
-def score_group(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict[str, Any]:
+def score_group(rows: Sequence[Row], metrics: Sequence[str], size: int, cluster: str = "id") -> dict[str, Any]:
     """Return the scores of a group of `size` samples. Samples without a response are only listed in `errors`."""
     scored = [row for row in rows if "error" not in row]
-    headline, *others = (score_metric(scored, metric) for metric in metrics)
+    headline, *others = (score_metric(scored, metric, cluster) for metric in metrics)
     return {
         "n": len(scored),
         "of": size,
@@ -178,8 +181,16 @@ def score_group(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict[
     }
 
 
-def score_metric(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    """Return the number of correct rows, the accuracy (None without rows) and its 95 % Wilson interval."""
-    correct = sum(bool(row[metric]) for row in rows)
-    low, high = wilson_interval(correct, len(rows))
+def score_metric(rows: Sequence[Mapping[str, Any]], metric: str, cluster: str = "id") -> dict[str, Any]:
+    """Return the number of correct rows, the accuracy (None without rows) and its 95 % Wilson interval.
+
+    Rows with the same value in the field `cluster` are not independent. A row without it is a cluster of its own.
+    """
+    counts: dict[str, list[int]] = {}
+    for row in rows:
+        own = counts.setdefault(str(row.get(cluster, row["id"])), [0, 0])
+        own[0] += bool(row[metric])
+        own[1] += 1
+    correct = sum(right for right, _ in counts.values())
+    low, high = clustered_wilson_interval([(right, n) for right, n in counts.values()])
     return {"correct": correct, "accuracy": correct / len(rows) if rows else None, "low": low, "high": high}

@@ -33,7 +33,7 @@ from rest_rl.response import Gold
 class EnvironmentTasks(Benchmark):
     """The first `prompts` tasks of each held-out split (of the only split, if there is one), `attempts` times each."""
 
-    group_field = "split"
+    group_field, cluster_field = "split", "task"
 
     def __init__(
         self,
@@ -167,6 +167,7 @@ class EnvironmentConversation(Conversation):
             "messages": trajectory.messages,
             "turns": len(trajectory.turns),
             "call_count": len(calls),
+            "task": self.identity.rpartition("#")[0],
             "kind": str(self.task.get("kind", "task")),
         }
 
