@@ -12,8 +12,9 @@ import torch
 from rest_rl.config import RunConfig
 from rest_rl.train.duration import Amounts, Costs, Duration, Range, format_seconds, predict_duration
 from rest_rl.train.estimate import make_estimate_rows
-from rest_rl.train.run import estimate_run, make_plan, predict_lengths
+from rest_rl.train.run import estimate_run, make_plan, predict_lengths, predict_turns
 from rest_rl.train.trl.timing import pick_evenly, stretch, time_batch
+from tests.live_environment import Counter
 from tests.tiny_policy import tiny_run
 
 COSTS = Costs(
@@ -38,6 +39,46 @@ def test_a_duration_by_hand() -> None:
     shared = predict_duration(COSTS, AMOUNTS._replace(steps_per_batch=4))
     assert shared.generation == pytest.approx((7 / 4, 3))
     assert shared.update == found.update
+
+
+def test_turns_repeat_the_generation_by_hand() -> None:
+    found = predict_duration(COSTS, AMOUNTS._replace(turns=2.5))
+    # with 51 tokens a turn: 2.5 * 7 = 17.5 to generate, 8 * (1 + 0.01 * 127.5) + 0.5 = 18.7 to update, 2.5 * 52 = 130
+    # to evaluate; likewise with 101: 2.5 * 12 = 30, 8 * (1 + 2.525) + 0.5 = 28.7 and 2.5 * 92 = 230
+    assert found.generation == pytest.approx((17.5, 30))
+    assert found.update == pytest.approx((18.7, 28.7))
+    assert found.evaluation == pytest.approx((130, 230))
+    assert found.run == pytest.approx((10 * 36.2 + 2.5 * 130, 10 * 58.7 + 2.5 * 230))
+
+
+class ShortCounter(Counter):
+    """Has one gold call more in every other task, unlike the counter with two in each, or none at all."""
+
+    def __init__(self, has_gold: bool = True) -> None:
+        super().__init__()
+        self.has_gold = has_gold
+
+    def open(self, task: Any, seed: int) -> Any:
+        session = super().open(task, seed)
+        calls = session.gold_calls() + session.gold_calls()[: int(task["id"][-1]) % 2]
+        session.gold_calls = lambda: calls if self.has_gold else []
+        return session
+
+
+@pytest.mark.parametrize(
+    ("options", "limit", "turns"),
+    [
+        ({}, 8, 3.5),  # two or three gold calls, and an answer
+        ({}, 3, 3.0),  # no more than the limit
+        ({"has_gold": False}, 8, 8.0),
+    ],
+)
+def test_turns_follow_from_gold_calls_or_from_the_limit(
+    tables: dict[str, Any], options: dict[str, Any], limit: int, turns: float
+) -> None:
+    env = {"path": f"{__file__}:ShortCounter", "options": options, "turns": limit}
+    tables = {key: value for key, value in tables.items() if key != "data"}
+    assert predict_turns(make_plan({**tables, "env": env}, is_dry=True)) == turns
 
 
 def test_supervised_training_has_no_generation() -> None:

@@ -29,7 +29,7 @@ class Costs(NamedTuple):
 
 
 class Amounts(NamedTuple):
-    """What a run computes; `tokens` are those of a batch's longest response."""
+    """What a run computes; `tokens` are those of a batch's longest response, in an environment of one turn."""
 
     tokens: Range
     steps_per_batch: int  # optimizer steps per generation batch
@@ -38,6 +38,7 @@ class Amounts(NamedTuple):
     held_out_tokens: Range
     held_out_batches: int  # of one evaluation, in all its passes
     evaluations: float  # of the run; interim evaluations count by their share of the prompts
+    turns: float = 1.0  # responses per rollout
 
 
 class Duration(NamedTuple):
@@ -49,15 +50,17 @@ class Duration(NamedTuple):
     run: Range
 
 
-# Every part is linear in the response tokens. Generation and evaluation have the first token in their fixed part.
+# Every part is linear in the response tokens. Generation and evaluation have the first token in their fixed part, and
+# repeat everything in each turn. The tools' time and results are not known, and not counted.
 def predict_duration(costs: Costs, amounts: Amounts) -> Duration:
     """Return the predicted duration of a run with these costs and amounts."""
     rows: list[tuple[float, ...]] = []
     for tokens, held_out_tokens in zip(amounts.tokens, amounts.held_out_tokens, strict=True):
-        generation = (costs.batch + costs.batch_token * max(0, tokens - 1)) / amounts.steps_per_batch
-        update = amounts.micro_batches * (costs.micro_batch + costs.micro_batch_token * tokens) + costs.optimizer
+        generation = amounts.turns * (costs.batch + costs.batch_token * max(0, tokens - 1)) / amounts.steps_per_batch
+        update = costs.micro_batch + costs.micro_batch_token * amounts.turns * tokens
+        update = amounts.micro_batches * update + costs.optimizer
         evaluation = costs.held_out_batch + costs.held_out_token * max(0, held_out_tokens - 1)
-        evaluation *= amounts.held_out_batches
+        evaluation *= amounts.held_out_batches * amounts.turns
         run = amounts.steps * (generation + update) + amounts.evaluations * evaluation
         rows.append((generation, update, evaluation, run))
     return Duration(*map(Range, *rows))

@@ -36,6 +36,8 @@ class EnvironmentData(TrainingData):
     """The tasks of an environment as the data of a run; a sample stands for a task, which its message contains."""
 
     environment: Environment | None = None
+    gold_turns: float | None = None
+    """Mean turns of the gold paths of the first tasks, with one call per turn and an answer; None without gold."""
 
     def get_task(self, sample: ToolSample) -> Task:
         """Return the task that a sample stands for."""
@@ -61,31 +63,28 @@ def read_tasks(config: RunConfig, layout: PromptLayout, observer: Observer = SIL
     training = environment.tasks(environment.splits[0], config.data.seed, config.data.num_samples)
     if not training:
         raise UserError(f"the environment {table.path} has no tasks", remedy="pass a file of tasks with env.tasks")
-    prepared = _prepare_tasks(training, environment, config, layout)
+    # Opening a session may start a server, so only the first tasks are opened; the others borrow their prompts, which
+    # serve estimates only. Rollouts open every task.
+    opened, gold_calls = zip(
+        *(_open_task(task, environment, config, layout, number) for number, task in enumerate(training[:OPENED_TASKS])),
+        strict=True,
+    )
+    prepared = _prepare_tasks(training, opened, layout)
     held_out = [
         (split, each)
         for split in environment.splits[1:] * bool(config.eval.prompts)
         for each in _prepare_tasks(
-            environment.tasks(split, config.eval.seed, config.eval.prompts), environment, config, layout, prepared[:1]
+            environment.tasks(split, config.eval.seed, config.eval.prompts), prepared[:1], layout
         )
     ]
     observer.say(f"{table.path}: {len(prepared)} tasks for training, {len(held_out)} held out")
-    return EnvironmentData(prepared, held_out, environment=environment)
+    turns = [min(table.turns, number + 1) for number in gold_calls if number]
+    gold_turns = sum(turns) / len(turns) if turns else None
+    return EnvironmentData(prepared, held_out, environment=environment, gold_turns=gold_turns)
 
 
-# Opening a session may start a server, so only the first tasks are opened; the others borrow their prompts, which
-# serve estimates only. Rollouts open every task.
-def _prepare_tasks(
-    tasks: Sequence[Task],
-    environment: Environment,
-    config: RunConfig,
-    layout: PromptLayout,
-    opened: Sequence[Prepared] = (),
-) -> list[Prepared]:
-    prepared = list(opened) or [
-        _open_task(task, environment, config, layout, number) for number, task in enumerate(tasks[:OPENED_TASKS])
-    ]
-    texts, golds = [each.prompt_text for each in prepared], [each.sample.gold for each in prepared]
+def _prepare_tasks(tasks: Sequence[Task], opened: Sequence[Prepared], layout: PromptLayout) -> list[Prepared]:
+    texts, golds = [each.prompt_text for each in opened], [each.sample.gold for each in opened]
     samples = []
     for number, task in enumerate(tasks):
         message = {"role": "user", "content": json.dumps(task, ensure_ascii=False, default=str)}
@@ -97,7 +96,10 @@ def _prepare_tasks(
     return samples
 
 
-def _open_task(task: Task, environment: Environment, config: RunConfig, layout: PromptLayout, number: int) -> Prepared:
+# Returns the prompt of a task, and the number of its gold calls.
+def _open_task(
+    task: Task, environment: Environment, config: RunConfig, layout: PromptLayout, number: int
+) -> tuple[Prepared, int]:
     guard = Guard(environment, task, derive_seed(config.run.seed, task.get("id", number)), make_limits(config))
     try:
         guard.wait_for_start()
@@ -107,7 +109,7 @@ def _open_task(task: Task, environment: Environment, config: RunConfig, layout: 
         longest = max(guard.gold_calls or [], key=lambda call: len(json.dumps(call.arguments)), default=None)
         gold = Gold((longest,)) if longest else Gold()
         sample = make_sample(task, guard.messages, guard.tools, gold)
-        return Prepared(sample, layout.render(sample), layout.tokenizer)
+        return Prepared(sample, layout.render(sample), layout.tokenizer), len(guard.gold_calls or [])
     finally:
         guard.close()
 

@@ -47,7 +47,7 @@ from rest_rl.runlog import (
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.duration import Amounts, Duration, Range, predict_duration
 from rest_rl.train.engine import Engine
-from rest_rl.train.environment import read_tasks
+from rest_rl.train.environment import EnvironmentData, read_tasks
 from rest_rl.train.estimate import Estimate, Workload, estimate_resources, find_device, judge_fit
 from rest_rl.train.policy import (
     load_policy_config,
@@ -318,8 +318,10 @@ def estimate_run(
     and predicts the run's duration from one micro-step, if the run fits the memory.
     """
     plan = make_plan(run, out=out, overrides=overrides, observer=observer, is_dry=True)
-    if plan.config.env.path:
-        observer.say(f"the estimate counts one turn of each rollout, of at most {plan.config.env.turns} (env.turns)")
+    if isinstance(plan.data, EnvironmentData):
+        turns, limit, has_gold = predict_turns(plan), plan.config.env.turns, plan.data.gold_turns is not None
+        why = f"from gold calls, of at most {limit}" if has_gold else "env.turns, because there are no gold calls"
+        observer.say(f"the duration counts {turns:.3g} turns per rollout ({why}), the memory counts one turn")
     if plan.config.run.engine != "trl":
         remedy = "use --print-config; docs/cluster.md has notes on memory"
         raise UserError("--dry-run does not support verl", remedy=remedy)
@@ -357,8 +359,16 @@ def predict_plan(plan: RunPlan, work: Workload) -> Duration:
         held_out_tokens=predict_lengths(golds, layout, table.batch_size, response_limit(config, golds, layout)),
         held_out_batches=passes * -(-len(held_out) // table.batch_size),
         evaluations=1 + config.eval.before + interim,
+        turns=predict_turns(plan),
     )
     return predict_duration(measure_costs(config, layout, plan.data, max(1, int(tokens.low))), amounts)
+
+
+def predict_turns(plan: RunPlan) -> float:
+    """Return the turns of a rollout: as many as gold, or the limit if the environment gives no gold calls."""
+    if isinstance(plan.data, EnvironmentData):
+        return plan.data.gold_turns or plan.config.env.turns
+    return 1.0
 
 
 # A batch takes as long as its longest response. Of the gold responses to `number` prompts, the longest one is about the
