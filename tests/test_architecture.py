@@ -64,6 +64,7 @@ TORCH_FREE = [
     "rest_rl.data.shapes",
     "rest_rl.data.write",
     "rest_rl.envs.load",
+    "rest_rl.envs.session",
     "rest_rl.errors",
     "rest_rl.evaluate.benchmarks.api_bank",
     "rest_rl.evaluate.benchmarks.bfcl.benchmark",

@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from rest_rl.compare.collect import ComparisonReport
     from rest_rl.compare.run import compare
     from rest_rl.config import RunConfig
+    from rest_rl.credit import CreditConfig, StageCredits, stage_credits
     from rest_rl.data.check import DataReport
     from rest_rl.data.load import check_data, load_dataset
     from rest_rl.data.samples import ToolSample
     from rest_rl.data.shapes import RowShape
+    from rest_rl.envs.load import load_environment
+    from rest_rl.envs.session import Environment, Result, ToolSession
     from rest_rl.errors import UserError
     from rest_rl.evaluate.conversation import Benchmark
     from rest_rl.evaluate.run import EvalResult, evaluate
@@ -37,10 +40,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "compare.collect": ("ComparisonReport",),
     "config": ("RunConfig",),
+    "credit": ("CreditConfig", "StageCredits", "stage_credits"),
     "data.check": ("DataReport",),
     "data.load": ("check_data", "load_dataset"),
     "data.samples": ("ToolSample",),
     "data.shapes": ("RowShape",),
+    "envs.load": ("load_environment",),
+    "envs.session": ("Environment", "Result", "ToolSession"),
     "errors": ("UserError",),
     "evaluate.conversation": ("Benchmark",),
     "evaluate.run": ("EvalResult",),
@@ -66,7 +72,9 @@ __all__ = [
     "PRESETS",
     "Benchmark",
     "ComparisonReport",
+    "CreditConfig",
     "DataReport",
+    "Environment",
     "EvalResult",
     "Gold",
     "Judgement",
@@ -78,15 +86,18 @@ __all__ = [
     "RegionStatistics",
     "ResTConfig",
     "ResTTrainer",
+    "Result",
     "RewardRule",
     "RowShape",
     "RunConfig",
     "RunResult",
     "Span",
+    "StageCredits",
     "TaggedBatch",
     "ToolCall",
     "ToolFormat",
     "ToolSample",
+    "ToolSession",
     "UserError",
     "WeightRule",
     "build_training_dataset",
@@ -97,7 +108,9 @@ __all__ = [
     "get_format",
     "judge",
     "load_dataset",
+    "load_environment",
     "probe",
+    "stage_credits",
     "tag_regions",
     "train",
 ]
