@@ -133,6 +133,13 @@ def test_random_values_fit_simple_schemas():
     assert {value["kind"] for value in values} == {"a", "b"}
 
 
+def test_a_task_is_not_opened_more_often_than_needed():
+    environment = Counter()
+    check_environment(environment, number=1)
+    # per split: gold alone, twice next to each other and once more, random, repeat, three times partial, and empty
+    assert len(environment.sessions) == 2 * 10
+
+
 def test_the_command():
     result = CliRunner().invoke(app, ["env", "check", "shop", "-n", "2", "--json"])
     assert result.exit_code == 0, result.output

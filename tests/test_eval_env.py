@@ -12,9 +12,13 @@ from rest_rl.envs.guard import Guard, Limits
 from rest_rl.envs.rollout import derive_seed
 from rest_rl.envs.session import Result
 from rest_rl.envs.shop import Shop
+from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.environment import EnvironmentTasks, compute_pass_hat
 from rest_rl.evaluate.conversation import Model, Reply
 from rest_rl.evaluate.models.local import LocalModel
+from rest_rl.evaluate.plan import Plan
+from rest_rl.evaluate.request import EvalRequest
+from rest_rl.evaluate.run import context_notes, preview
 from rest_rl.formats import get_format
 from rest_rl.statistics import wilson_interval
 from tests.live_environment import TEMPLATE, Counter
@@ -130,6 +134,40 @@ def test_the_oracle_solves_the_shop_and_resumes(tmp_path):
     (tmp_path / "oracle" / "samples.jsonl").write_text("\n".join(lines[:5]) + "\n")
     again = rest_rl.evaluate(benchmark, oracle=True, format="toolrl", out=str(tmp_path / "oracle"), resume=True)
     assert [json.dumps(row) for row in again.rows] == [json.dumps(row) for row in result.rows]
+
+
+def test_only_some_tasks_are_opened_to_measure_their_prompts():
+    environment = Counter()
+    benchmark = EnvironmentTasks(environment, seed=0, prompts=20, attempts=2)
+    plan, usages = Plan("training", "toolrl", ""), []
+
+    def measure(request):
+        usages.append(request.sample.id)
+        return 5, 10
+
+    assert len(context_notes(benchmark, measure, plan, list(benchmark.groups))) == 1
+    # every third of 40, since every second would be more than 16: the attempts of each task are 2n and 2n + 1
+    assert usages == [f"test/test-{n // 2}#{n % 2}" for n in range(0, 40, 3)]
+    assert len(environment.sessions) == 14
+    usages.clear()
+    context_notes(benchmark, measure, plan, list(benchmark.groups)[:16])
+    assert len(usages) == 16
+
+
+def test_a_task_that_does_not_start_fails_and_the_others_go_on(tmp_path):
+    class Broken(Counter):
+        def open(self, task, seed):
+            if task["id"] == "test-0":
+                raise ConnectionError("no server")
+            return super().open(task, seed)
+
+    benchmark = EnvironmentTasks(Broken(), seed=0, prompts=3)
+    model = Scripted([call(1), call(2), ANSWER])
+    result = rest_rl.evaluate(benchmark, model, format="toolrl", out=str(tmp_path / "eval"))
+    assert [row["stop"] for row in result.rows] == ["failed", "answered", "answered"]
+    assert result.scores()["overall"].correct == 2
+    with pytest.raises(UserError, match="test-0"):
+        preview(EvalRequest(benchmark, model, format="toolrl"))
 
 
 def test_attempts_share_the_seed_and_differ_in_their_samples():

@@ -229,11 +229,11 @@ def _try_task(environment: Environment, task: Task, seed: int, limits: Limits, f
         found.schemas += [f"{tool['name']} has no description" for tool in tools if not tool.get("description")]
         if not tools:
             found.schemas.append(f"task {identity!r} has no tools")
-    found.has_gold = found.has_gold or bool(gold)
-    tries = [random_call(rng, tools) for _ in range(CALLS)] if tools else []
-    probe = gold or tries
-    first = run_calls(start(), probe)
-    found.rollouts["gold" if gold else "random"].append(first)
+        found.has_gold = found.has_gold or bool(gold)
+        tries = [random_call(rng, tools) for _ in range(CALLS)] if tools else []
+        probe = gold or tries
+        first = _make_calls(guard, probe)
+        found.rollouts["gold" if gold else "random"].append(first)
     _compare_sessions(start, probe, first, identity, found)
     if gold:
         _try_after_end(start, gold, first, identity, found)
@@ -292,26 +292,30 @@ def _try_after_end(
 def run_calls(guard: Guard, calls: Sequence[ToolCall], earlier: Sequence[Result] = ()) -> Rollout:
     """Make calls one by one, answer, score the rollout, and close the session."""
     with closing(guard):
-        guard.wait_for_start()
-        messages: list[Message] = list(guard.messages)
-        results: list[Result] = []
-        begin = time.perf_counter()
-        for call in calls:
-            if guard.failure or guard.done:
-                break
-            results += guard.start_calls([call])()
-            function = {"name": call.name, "arguments": dict(call.arguments)}
-            messages.append(
-                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-            )
-            messages.append({"role": "tool", "name": call.name, "content": results[-1].text})
-        seconds = time.perf_counter() - begin
-        messages.append({"role": "assistant", "content": guard.gold_answer if calls else "done"})
-        verdict = guard.verify(messages)
-        reward = add_rewards([*(each.reward for each in (*earlier, *results)), verdict.reward if verdict else None])
-        parts = verdict.parts if verdict else {}
-        success = not guard.failure and parts.get("success", reward or 0.0) >= 1 - 1e-9
-        return Rollout(list(calls[: len(results)]), results, reward, success, guard.failure, seconds)
+        return _make_calls(guard, calls, earlier)
+
+
+def _make_calls(guard: Guard, calls: Sequence[ToolCall], earlier: Sequence[Result] = ()) -> Rollout:
+    guard.wait_for_start()
+    messages: list[Message] = list(guard.messages)
+    results: list[Result] = []
+    begin = time.perf_counter()
+    for call in calls:
+        if guard.failure or guard.done:
+            break
+        results += guard.start_calls([call])()
+        function = {"name": call.name, "arguments": dict(call.arguments)}
+        messages.append(
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        )
+        messages.append({"role": "tool", "name": call.name, "content": results[-1].text})
+    seconds = time.perf_counter() - begin
+    messages.append({"role": "assistant", "content": guard.gold_answer if calls else "done"})
+    verdict = guard.verify(messages)
+    reward = add_rewards([*(each.reward for each in (*earlier, *results)), verdict.reward if verdict else None])
+    parts = verdict.parts if verdict else {}
+    success = not guard.failure and parts.get("success", reward or 0.0) >= 1 - 1e-9
+    return Rollout(list(calls[: len(results)]), results, reward, success, guard.failure, seconds)
 
 
 def random_call(rng: random.Random, tools: Sequence[Mapping[str, Any]]) -> ToolCall:

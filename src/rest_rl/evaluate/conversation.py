@@ -82,6 +82,8 @@ class Benchmark(Protocol):
     """The row field that contains the group."""
     cluster_field: str = "id"
     """A row field that is equal in samples that depend on each other, such as attempts at one task; for intervals."""
+    measured_prompts: int | None = None
+    """How many first prompts are measured beforehand, if starting a conversation is expensive; None for all."""
     groups: Mapping[str, Any]
     """The group (text or number) of each sample by its id, in evaluation order."""
 

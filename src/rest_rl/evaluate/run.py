@@ -121,7 +121,11 @@ def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
     """Return the first prompt without calling the model. Loads only the tokenizer and writes nothing."""
     with _open_evaluation(request, observer) as (plan, benchmark, identities):
         # the branches follow the three ways to build a prompt: a chat template, ToolRL's texts, a server's messages
-        sample = first_request(benchmark, plan, identities[0]).sample
+        first = first_request(benchmark, plan, identities[0])
+        if first is None:
+            remedy = f"run rest-rl env check {request.env}" if request.env else "correct the benchmark"
+            raise UserError(f"the sample {identities[0]} has no prompt: it could not be started", remedy=remedy)
+        sample = first.sample
         if plan.layout and plan.table:
             from rest_rl.train.policy import context_length, load_policy_config
 
@@ -245,11 +249,10 @@ def _check_known(option: str, wanted: Iterable[str], known: Iterable[str]) -> No
         raise UserError(f"--{option} contains unknown names: {', '.join(unknown)}", expected, "correct the name")
 
 
-def first_request(benchmark: Benchmark, plan: Plan, identity: str) -> Request:
+# None if the conversation cannot start, for example because a session of an environment fails.
+def first_request(benchmark: Benchmark, plan: Plan, identity: str) -> Request | None:
     with closing(benchmark.start(identity, plan.tool_format)) as conversation:
-        request = conversation.request()
-    assert request is not None
-    return request
+        return conversation.request()
 
 
 def context_notes(
@@ -258,8 +261,13 @@ def context_notes(
     """Return notes on how many first prompts plus a response of maximum length exceed the context length, per group."""
     longest: dict[str, tuple[int, int, int]] = {}
     context = 0
-    for identity in identities:
-        usage = context_usage(first_request(benchmark, plan, identity))
+    number = getattr(benchmark, "measured_prompts", None) or len(identities)
+    measured = identities[:: max(1, -(-len(identities) // number))]
+    kind = "first prompts" if len(measured) == len(identities) else "measured first prompts"
+    for identity in measured:
+        if (request := first_request(benchmark, plan, identity)) is None:
+            continue
+        usage = context_usage(request)
         if usage is None:
             return []
         needed, context = usage
@@ -267,15 +275,15 @@ def context_notes(
         most, over, count = longest.get(group, (0, 0, 0))
         longest[group] = max(most, needed), over + (needed > context), count + 1
     notes = [
-        f"{group}: {over} of {count} first prompts plus a response of maximum length exceed the context length of "
-        f"{context} tokens (the longest needs {most}); responses are cut off there, and a prompt that leaves no "
+        f"{group}: {over} of {count} {kind} plus a response of maximum length exceed the context length "
+        f"of {context} tokens (the longest needs {most}); responses are cut off there, and a prompt that leaves no "
         "room for a response counts as wrong"
         for group, (most, over, count) in longest.items()
         if over
     ]
     if longest and not notes:
         most = max(most for most, _, _ in longest.values())
-        return [f"all first prompts fit: the longest needs {most} of {context} tokens, response included"]
+        return [f"all {kind} fit: the longest needs {most} of {context} tokens, response included"]
     return notes
 
 

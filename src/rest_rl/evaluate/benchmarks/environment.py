@@ -34,6 +34,7 @@ class EnvironmentTasks(Benchmark):
     """The first `prompts` tasks of each held-out split (of the only split, if there is one), `attempts` times each."""
 
     group_field, cluster_field = "split", "task"
+    measured_prompts = 16  # opening a session may start a server
 
     def __init__(
         self,
