@@ -43,6 +43,7 @@ from rest_rl.probe.run import (
     draw_prompts,
     label_model,
     load_model,
+    read_prompts,
     resolve_prompts_per_step,
     resolve_run,
     track_steps,
@@ -119,6 +120,8 @@ def run_theory(arguments: argparse.Namespace) -> None:
     check_numbers(arguments)
     out = Path(arguments.out) if arguments.out else choose_unused_folder("theory", arguments.model, JSON_FILE)
     config = resolve_run(arguments.model, arguments.data, arguments.set)
+    if config.env.path:
+        raise UserError(f"the run has an environment, {config.env.path}", "dialogues", "pass --data")
     # The pilot is sampled with seed 2 S, the judged prompts with seed 2 S + 1, so that no two values of S share a seed.
     samplings = [
         build_sampling(config, group, seed, arguments.progress, arguments.max_new_tokens, arguments.batch_size)
@@ -127,7 +130,8 @@ def run_theory(arguments: argparse.Namespace) -> None:
     (layout,) = build_layouts(config, arguments.format, SILENT)
     remedy = "add data" + (f", or lower --pilot (at least {MIN_PILOT})" * (arguments.pilot > MIN_PILOT))
     number, least = arguments.prompts + arguments.pilot, MIN_PROMPTS + arguments.pilot
-    prompts = draw_prompts(config, layout, number, arguments.seed, screen, samplings[0].max_new_tokens, least, remedy)
+    data = read_prompts(config, layout, screen, samplings[0].max_new_tokens)
+    prompts = draw_prompts(data, number, arguments.seed, screen, least, remedy)
     # The sets are disjoint: no rule is judged on a prompt that the optimum was computed from.
     pilot, judged = prompts[: arguments.pilot], prompts[arguments.pilot :]
     settings = TheorySettings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ examples:
   rest-rl probe --model Qwen/Qwen3-0.6B --data dialogues.jsonl --prompts 128 --out probes/base
   rest-rl probe --model runs/mine --progress 0.5   a trained model, with the data of its run
   rest-rl probe --model DIR --data FILE --format hermes --format toolrl
+  rest-rl probe --model shop --env shop            rollouts in an environment, with the credit of its turns
 """
 
 
@@ -33,6 +35,10 @@ def probe(
     ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="FILE", help="dialogues (default: those of the model's run)")
+    ] = None,
+    env: Annotated[
+        str | None,
+        typer.Option(metavar="ENV", help="environment instead of data, as in train (default: that of the model's run)"),
     ] = None,
     formats: Annotated[
         list[str],
@@ -59,7 +65,7 @@ def probe(
     The report predicts the effect of each weight rule on the next step and ends with a recommendation. It is written to
     --out, by default runs/probe-MODEL. With --json, the command prints one JSON object per format instead of tables.
     """
-    check(model, overrides, formats)
+    check(model, [f"env.path={dumps(env)}", *overrides] if env else overrides, formats)
     from rich.console import Console
 
     from rest_rl.cli.terminal import Screen
@@ -81,7 +87,7 @@ def probe(
 
     folder = Path(out) if out else choose_unused_folder("probe", model, JSON_FILE)
     run_probe(
-        model, data, formats=formats, prompts=prompts, group=group_size, seed=seed, progress=progress,
+        model, data, env=env, formats=formats, prompts=prompts, group=group_size, seed=seed, progress=progress,
         step=prompts_per_step, norm_cap=norm_cap, max_new_tokens=max_new_tokens, batch_size=batch_size,
         overrides=overrides, out=folder, on_report=show, observer=screen,
     )  # fmt: skip

@@ -7,6 +7,7 @@ statistic of all prompts, followed by the statistics that leave out one prompt e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 
 from rest_rl.probe.report import (
     DifferenceFacts,
+    EnvironmentFacts,
     GradientFacts,
     LowEntropyFacts,
     RegionFacts,
@@ -26,6 +28,7 @@ from rest_rl.probe.report import (
 from rest_rl.probe.sample import SampledGroup, SampledResponse
 from rest_rl.probe.variance import Estimate, GradientSeries, divide_or_nan, leave_one_out_sums, relative_gain
 from rest_rl.response import NUM_REGIONS, Region
+from rest_rl.train.environment import compute_metrics
 
 REGION_INDICES, TRUE_INDEX = list(Region), [NUM_REGIONS]
 """Positions along the axis of the K gradients."""
@@ -142,9 +145,9 @@ def compute_difference_facts(groups: Sequence[SampledGroup], region: Region) -> 
 def count_pairs(responses: Sequence[SampledResponse], region: Region) -> tuple[float, ...]:
     # Returns six numbers: differing and all pairs of unequal reward, the same for equal reward, then the share of
     # differing pairs of a best and a worst response, and 1: the last two count a group once, whatever its ties.
-    parts = [
-        tuple(i for i, r in zip(response.ids, response.regions, strict=True) if r == region) for response in responses
-    ]
+    responses = [response for response in responses if not math.isnan(response.reward)]
+    tokens = [zip(response.ids, response.regions, response.sampled, strict=True) for response in responses]
+    parts = [tuple(i for i, r, is_own in own if is_own and r == region) for own in tokens]
     rewards = [response.reward for response in responses]
     counts = {True: [0, 0], False: [0, 0]}
     for (part, reward), (other_part, other_reward) in combinations(zip(parts, rewards, strict=True), 2):
@@ -218,12 +221,25 @@ def compute_rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> 
 
 
 def summarize_samples(groups: Sequence[SampledGroup], eos_ids: Collection[int]) -> SamplingFacts:
-    """Average the scores and lengths of all responses; one that does not end with one of `eos_ids` was truncated."""
-    no_spread = float(np.mean([len({response.reward for response in group.responses}) == 1 for group in groups]))
+    """Average the scores and lengths of all responses; one that does not end with one of `eos_ids` was truncated.
+
+    Unscored responses are left out of the mean reward.
+    """
+    no_spread = float(np.mean([not group.has_spread for group in groups]))
     rows = [
-        (r.is_exact, r.s_format, r.s_acc, r.reward, not r.ids or r.ids[-1] not in eos_ids, len(r.ids))
+        (r.is_exact, r.s_format, r.s_acc, r.reward, r.is_truncated(eos_ids), sum(r.sampled))
         for group in groups
         for r in group.responses
     ]
-    means = (float(np.mean(column)) for column in zip(*rows, strict=True))
+    means = (float(np.nanmean(column)) for column in zip(*rows, strict=True))
     return SamplingFacts(len(groups), len(groups[0].responses), no_spread, *means)
+
+
+def summarize_rollouts(groups: Sequence[SampledGroup], name: str, credit: str) -> EnvironmentFacts | None:
+    """Average over all rollouts in the environment `name`, as training logs it; None for single responses."""
+    rollouts = [r.rollout for group in groups for r in group.responses if r.rollout is not None]
+    if not rollouts:
+        return None
+    metrics = compute_metrics(rollouts)
+    names = ("env/success", "env/turns", "env/calls", "rest/call_rate", "env/stop/turn limit", "env/stop/failed")
+    return EnvironmentFacts(name, credit, *(metrics.get(each, 0.0) for each in names))

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rest_rl.authors_code import authors_step
 from rest_rl.probe.figures import RuleSeries
 from rest_rl.probe.gradients import Coordinates, compute_token_statistics, compute_weighted_gradients, pad_responses
 from rest_rl.probe.report import SampledTokens
 from rest_rl.probe.rules import UNIFORM
-from rest_rl.probe.sample import SampledGroup
+from rest_rl.probe.sample import SampledGroup, SampledResponse
 from rest_rl.probe.variance import choose_num_blocks, compute_gradient_series, compute_norm_scales
 from rest_rl.regions import region_means, region_sums
 from rest_rl.response import NUM_REGIONS, Region
@@ -56,7 +57,8 @@ class SampledBatch:
     ) -> SampledBatch:
         """Build the batch. One forward pass per group gives the entropy and 1 - sum_v p_v² of every token."""
         responses = [response for group in groups for response in group.responses]
-        ids_BT, mask_BT = pad_responses([response.ids for response in responses], tokenizer.pad_token_id)
+        ids_BT, _ = pad_responses([response.ids for response in responses], tokenizer.pad_token_id)
+        mask_BT = pad_sampled_masks(responses)
         regions_BT, _ = pad_responses([response.regions for response in responses], Region.OTHER)
         entropies_BT, collisions_BT = torch.zeros(2, *ids_BT.shape, dtype=torch.float64)
         for rows, group in zip(slice_groups(groups), groups, strict=True):
@@ -80,10 +82,10 @@ class SampledBatch:
 
     @cached_property
     def tokens(self) -> SampledTokens:
-        """All sampled tokens without padding."""
+        """All sampled tokens, without padding and what an environment said."""
         own = self.tagged
         assert own.entropies_BT is not None
-        lengths = [sum(len(response.ids) for response in group.responses) for group in self.groups]
+        lengths = [sum(sum(response.sampled) for response in group.responses) for group in self.groups]
         return SampledTokens(
             len(self.groups),
             np.repeat(np.arange(len(self.groups)), lengths),
@@ -126,9 +128,10 @@ def measure_gradients(
 ) -> MeasuredGradients:
     """Measure the gradients of every region, of the expected reward and of every rule.
 
-    The objective is on-policy GRPO: advantages standardized within a group, mean over the tokens of each response. The
-    first of `rules` must be uniform. `cap` limits the gradient norm of a prompt to a multiple of the median norm (0: no
-    limit). `count_progress_steps` tells how often `advance` is called.
+    The objective is on-policy GRPO: advantages standardized within a group (with credit per turn in an environment,
+    the credits), mean over the tokens of each response. The first of `rules` must be uniform. `cap` limits the gradient
+    norm of a prompt to a multiple of the median norm (0: no limit). `count_progress_steps` tells how often `advance` is
+    called.
     """
     # Region gradients are needed only as inner products: their Gram matrix replaces (R + 1) M N floats. The rules
     # follow in rounds of `RULES_PER_PASS`; each round adds its figures and drops its vectors, so memory stays at
@@ -182,12 +185,29 @@ def slice_groups(groups: Sequence[SampledGroup]) -> list[slice]:
     return [slice(*ends) for ends in pairwise(accumulate((len(group.responses) for group in groups), initial=0))]
 
 
+def pad_sampled_masks(responses: Sequence[SampledResponse]) -> Tensor:
+    """Return whether the policy sampled each token, padded with False. Shape (B, T), bool."""
+    return pad_responses([response.sampled for response in responses])[0].bool()
+
+
 def compute_grpo_weights(groups: Sequence[SampledGroup]) -> Tensor:
-    """Return the factor of each token in the GRPO objective: advantage / group size / response length. Shape (B, T)."""
-    _, mask_BT = pad_responses([response.ids for group in groups for response in group.responses])
+    """Return the factor of each token in the GRPO objective: advantage / group size / response length. Shape (B, T).
+
+    Tokens that the policy did not sample have no weight and do not count in the length.
+    """
+    responses = [response for group in groups for response in group.responses]
+    mask_BT = pad_sampled_masks(responses)
     sizes_B = torch.tensor([len(group.responses) for group in groups for _ in group.responses])
-    advantages_B = torch.cat([group.advantages("grpo") for group in groups])
-    return (advantages_B / (sizes_B * mask_BT.sum(-1).clamp_min(1)))[:, None] * mask_BT
+    lengths_B = sizes_B * mask_BT.sum(-1).clamp_min(1)
+    return compute_token_advantages(groups) / lengths_B[:, None] * mask_BT
+
+
+def compute_token_advantages(groups: Sequence[SampledGroup]) -> Tensor:
+    """Return the advantages of the tokens. Shape (B, T), or (B, 1) if those of a response are equal."""
+    credits = [response.credits for group in groups for response in group.responses]
+    if any(own is None for own in credits):
+        return torch.cat([group.advantages("grpo") for group in groups])[:, None]
+    return pad_sequence([torch.tensor(own, dtype=torch.float64) for own in credits], batch_first=True)
 
 
 def compute_region_and_true_weights(groups: Sequence[SampledGroup]) -> Tensor:
@@ -197,11 +217,10 @@ def compute_region_and_true_weights(groups: Sequence[SampledGroup]) -> Tensor:
     with the mean reward of the group's other responses as the baseline.
     """
     # (R_i - mean_-i) / G = (R_i - mean) / (G - 1), where mean_-i is the mean reward of the other responses.
-    regions_BT, mask_BT = pad_responses(
-        [response.regions for group in groups for response in group.responses], Region.OTHER
-    )
-    own_BT = compute_grpo_weights(groups)
-    true_B = torch.cat([group.advantages("dr_grpo") / max(1, len(group.responses) - 1) for group in groups])
+    responses = [response for group in groups for response in group.responses]
+    regions_BT, _ = pad_responses([response.regions for response in responses], Region.OTHER)
+    own_BT, mask_BT = compute_grpo_weights(groups), pad_sampled_masks(responses)
+    true_B = torch.cat([group.advantages("dr_grpo") / max(1, group.num_scored - 1) for group in groups])
     return torch.stack([*(own_BT * (regions_BT == region) for region in Region), true_B[:, None] * mask_BT])
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from matplotlib.figure import Figure
 
-from rest_rl.probe.report import Advice, ProbeReport
+from rest_rl.probe.report import Advice, EnvironmentFacts, ProbeReport
 from rest_rl.probe.variance import Estimate
 from rest_rl.report.palette import REGION_COLORS, SERIES_COLORS
 from rest_rl.report.plots import INK, legend_style, new_axes, save_figure, style_bare_axes
@@ -110,10 +110,22 @@ def render_page(title: str, reports: Sequence[ProbeReport], pictures: Mapping[st
 def describe_samples(report: ProbeReport) -> str:
     """Describe the sampled responses in one sentence."""
     own = report.sampled
+    if report.environment is not None:
+        return describe_rollouts(report, report.environment)
     return (
         f"{report.format}: {own.prompts} prompts × {own.group_size} responses of {own.mean_tokens:.0f} tokens; exact "
         f"match {own.exact_match:.1%}, S_acc {own.s_acc:.3f}, S_format {own.s_format:.3f}; no "
         f"spread of rewards in {own.no_spread:.1%} of groups, {own.truncated:.1%} of responses cut off"
+    )
+
+
+def describe_rollouts(report: ProbeReport, world: EnvironmentFacts) -> str:
+    own = report.sampled
+    return (
+        f"{report.format}: {own.prompts} tasks of {world.name} × {own.group_size} rollouts of {world.turns:.1f} turns, "
+        f"{world.calls:.1f} calls and {own.mean_tokens:.0f} sampled tokens; success {world.success:.1%}, mean reward "
+        f"{own.reward:.3f}, {own.s_format:.1%} of the turns readable; no advantages in {own.no_spread:.1%} of groups, "
+        f"{world.turn_limit:.1%} of rollouts reached the turn limit, {own.truncated:.1%} cut off; credit {world.credit}"
     )
 
 
@@ -158,7 +170,8 @@ def hide_noisy_cosine(cosine: Estimate) -> Estimate:
 
 def to_mapping(report: ProbeReport) -> dict[str, Any]:
     """Return the report as values for JSON, with each estimate as a pair [value, error]."""
-    names = [field.name for field in dataclasses.fields(report) if field.name != "tokens"]
+    hidden = {"tokens", *(["environment"] if report.environment is None else [])}
+    names = [field.name for field in dataclasses.fields(report) if field.name not in hidden]
     figures = {name: to_plain(getattr(report, name)) for name in names}
     return {**figures, "verdict": [remark.text for remark in report.verdict], "recommendation": report.advice._asdict()}
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from rest_rl.probe.rules import NO_REASONING, candidate_rules
 from rest_rl.probe.variance import Estimate
+from rest_rl.report.diagnosis.rollouts import MAX_FAILED_SHARE, MAX_LIMITED_SHARE, MIN_CALL_RATE
 from rest_rl.response import NUM_REGIONS
 
 SIGNIFICANT = 2.0
@@ -126,6 +127,20 @@ class SamplingFacts(NamedTuple):
     mean_tokens: float
 
 
+class EnvironmentFacts(NamedTuple):
+    """Means over the rollouts in an environment; `call_rate`, `turn_limit` and `failed` are shares of the rollouts."""
+
+    name: str
+    credit: str
+    """How rewards are credited to turns."""
+    success: float
+    turns: float
+    calls: float
+    call_rate: float
+    turn_limit: float
+    failed: float
+
+
 class LowEntropyFacts(NamedTuple):
     """Regions with a mean entropy below the overall mean: their share of the tokens and of the signal."""
 
@@ -180,6 +195,8 @@ class ProbeReport:
     parameters: int
     tokens: SampledTokens
     """For the plot of the entropies; not in probe.json."""
+    environment: EnvironmentFacts | None = None
+    """None for dialogues."""
 
     @property
     def misses_format(self) -> bool:
@@ -204,6 +221,8 @@ class ProbeReport:
 
 def obstacle_remarks(probe: ProbeReport) -> Iterator[Remark]:
     own = probe.sampled
+    if probe.environment is not None:
+        yield from environment_remarks(probe.environment)
     if probe.misses_format:
         yield Remark(
             "no format", f"{FORMAT_NEVER_MET}, so all rewards are equal and no training signal exists: {FORMAT_REMEDY}"
@@ -216,6 +235,19 @@ def obstacle_remarks(probe: ProbeReport) -> Iterator[Remark]:
     if probe.heaviest >= DOMINANT_LIMIT:
         text = "of the squared gradient norm and dominates the gradient figures: --norm-cap 2 scales such prompts down"
         yield Remark("one prompt", f"one prompt contributes {whole_percent(probe.heaviest)} {text}")
+
+
+def environment_remarks(own: EnvironmentFacts) -> Iterator[Remark]:
+    # The limits are those of the diagnosis of a run.
+    if own.failed > MAX_FAILED_SHARE:
+        text = "of the rollouts failed in the environment, so that their final reward is 0: run rest-rl env check"
+        yield Remark("failed", f"{whole_percent(own.failed)} {text}")
+    if own.turn_limit > MAX_LIMITED_SHARE:
+        text = "of the rollouts reached the limit of turns: raise env.turns, or train on whole dialogues first"
+        yield Remark("turn limit", f"{whole_percent(own.turn_limit)} {text}")
+    if own.call_rate < MIN_CALL_RATE:
+        text = "of the rollouts call a tool: check --format, or train on whole dialogues first"
+        yield Remark("no calls", f"{whole_percent(own.call_rate)} {text}")
 
 
 def signal_remarks(probe: ProbeReport) -> Iterator[Remark]:

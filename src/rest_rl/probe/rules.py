@@ -16,9 +16,17 @@ SHUFFLED = ("permuted 1", "permuted 2", "permuted 3")
 """Controls: the weights of `rest`, assigned to regions at random."""
 
 
-def select_rules(tool_format: str, run_rule: WeightRule) -> dict[str, WeightRule]:
-    """Return the built-in rules that support a format, uniform first, and last `run_rule` if it is not built in."""
+def select_rules(tool_format: str, run_rule: WeightRule, *, by_turn: bool = False) -> dict[str, WeightRule]:
+    """Return the built-in rules that support a format, uniform first, and last `run_rule` if it is not built in.
+
+    With `by_turn`, the built-in rules are normalized over each turn, as training does in an environment by default.
+    """
     rules = built_in_rules()
+    if by_turn:
+        rules = {
+            name: replace(rule, normalization="turn") if isinstance(rule, WeightConfig) else rule
+            for name, rule in rules.items()
+        }
     if run_rule not in rules.values():
         rules["this run" if isinstance(run_rule, WeightConfig) else display_name(run_rule)] = run_rule
     return {name: rule for name, rule in rules.items() if supports_format(rule, tool_format)}

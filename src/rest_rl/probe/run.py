@@ -14,23 +14,33 @@ from typing import Any
 
 import torch
 
-from rest_rl.config import EnvTable, RestTable, RunConfig, read_run_file
+from rest_rl.config import DataTable, EnvTable, RestTable, RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError, check_minimums
 from rest_rl.evaluate.generate import eos_token_ids
+from rest_rl.evaluate.held_out import derive_response_limit
 from rest_rl.evaluate.origin import model_label, resolve_origin
 from rest_rl.jsonl import as_json, describe_os_error
-from rest_rl.probe.figures import compute_region_facts, compute_rule_facts, measure_signal, summarize_samples
+from rest_rl.objects import describe_address
+from rest_rl.probe.figures import (
+    compute_region_facts,
+    compute_rule_facts,
+    measure_signal,
+    summarize_rollouts,
+    summarize_samples,
+)
 from rest_rl.probe.measure import SampledBatch, count_progress_steps, measure_gradients
 from rest_rl.probe.page import build_formats_table, draw_probe, render_page, to_mapping
 from rest_rl.probe.report import ProbeReport
+from rest_rl.probe.rollouts import World
 from rest_rl.probe.rules import SHUFFLED, select_rules
 from rest_rl.probe.sample import Sampling, sample_groups
 from rest_rl.probe.variance import max_prompts_per_step
 from rest_rl.runlog import SILENT, Observer, replace_file
+from rest_rl.train.environment import EnvironmentData, read_tasks, with_turn_weights
 from rest_rl.train.policy import load_policy, load_policy_tokenizer, policy_context_length
-from rest_rl.train.prompts import read_data
+from rest_rl.train.prompts import TrainingData, read_data, render_gold
 from rest_rl.train.request import read_run_source
 from rest_rl.weights import WeightRule
 
@@ -43,6 +53,7 @@ def probe(
     model: str | Path | None = None,
     data: str | Path | None = None,
     *,
+    env: Any = None,
     formats: Sequence[str] = (),
     prompts: int = 96,
     group: int = 8,
@@ -62,6 +73,7 @@ def probe(
     Args:
         model: A run folder, a model, an adapter or a hub name; the embedded model if None.
         data: Dialogues, as for `train`; those of the model's run if None.
+        env: An environment, as for `train`, whose tasks replace the dialogues; that of the model's run if None.
         formats: Tool-call formats, one report each; the run's format if empty.
         prompts: Number of prompts to draw from the data, at least 8.
         group: Responses per prompt, at least 2.
@@ -69,7 +81,7 @@ def probe(
         progress: Training progress in [0, 1] at which reward and curriculum are evaluated.
         step: Prompts per optimizer step for which the effect is predicted; the run's if None.
         norm_cap: Scale down prompts whose gradient norm exceeds this multiple of the median; 0 for none.
-        max_new_tokens: Maximum length of a response; the run's if None.
+        max_new_tokens: Maximum length of a response, or of a turn in an environment; the run's if None.
         batch_size: Responses per forward pass; the run's if None.
         overrides: Settings of the run, such as "rest.preset=paper".
         out: Folder for probe.md, probe.json and the plots; nothing is written if None.
@@ -82,22 +94,29 @@ def probe(
     check_minimums({"the number of prompts": (prompts, MIN_PROMPTS), "the number of prompts per step": (step, 1)})
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"the norm cap is {norm_cap}", "0 (no cap) or a positive multiple of the median norm")
-    config = resolve_run(model, data, overrides)  # fails on mistakes before minutes of loading and sampling
+    config = resolve_run(model, data, overrides, env)  # fails on mistakes before minutes of loading and sampling
     layouts = build_layouts(config, formats, observer)
     limited = config.with_response_limit(layouts[0].context)
     sampling = build_sampling(limited, group, seed, progress, max_new_tokens, batch_size)
-    drawn_prompts = [draw_prompts(config, own, prompts, seed, observer, sampling.max_new_tokens) for own in layouts]
+    plans = []
+    for layout in layouts:
+        own = read_prompts(config, layout, observer, sampling.max_new_tokens)
+        plan = sampling
+        if isinstance(own, EnvironmentData):
+            plan = in_environment(sampling, config, layout, own, has_own_limit=max_new_tokens is not None)
+        plans.append((layout, draw_prompts(own, prompts, seed, observer), plan))
     if out is not None:
         create_folder(Path(out), JSON_FILE)
     policy, rule, reports = load_model(config, observer), config.rest.resolve().weights, list[ProbeReport]()
-    for layout, drawn in zip(layouts, drawn_prompts, strict=True):
+    for layout, drawn, plan in plans:
         size = resolve_prompts_per_step(config, step, len(drawn), observer)
-        reports.append(probe_format(policy, layout, drawn, sampling, rule, size, norm_cap, observer))
+        reports.append(probe_format(policy, layout, drawn, plan, rule, size, norm_cap, observer))
         on_report(reports[-1])  # at once, so that an interrupt in the next format loses nothing
     if len(reports) > 1:
         observer.show_table(*build_formats_table(reports))
     if out is not None:
-        write_reports(f"{label_model(model)} on {Path(data).name if data else 'its own prompts'}", reports, Path(out))
+        where = f"in {config.env.path}" if config.env.path else f"on {Path(data).name if data else 'its own prompts'}"
+        write_reports(f"{label_model(model)} {where}", reports, Path(out))
     return reports
 
 
@@ -118,8 +137,8 @@ def probe_format(
     norm_cap: float,
     observer: Observer,
 ) -> ProbeReport:
-    name, progress = layout.format.name, sampling.progress
-    rules = select_rules(name, rule)
+    name, progress, world = layout.format.name, sampling.progress, sampling.world
+    rules = select_rules(name, rule, by_turn=world is not None)
     with track_steps(observer, name, 2 * len(prompts) + count_progress_steps(len(prompts), len(rules))) as done:
         groups = sample_groups(model, layout, prompts, sampling, done("sampling"))
         batch = SampledBatch.from_groups(groups, model, layout.tokenizer, name, progress, done("entropies"))
@@ -143,26 +162,40 @@ def probe_format(
         coordinates=found.coordinates.size,
         parameters=found.coordinates.num_parameters,
         tokens=batch.tokens,
+        environment=world and summarize_rollouts(groups, world.environment.name, world.credit.kind),
     )
 
 
-def resolve_run(model: str | Path | None, data: str | Path | None, overrides: Sequence[str]) -> RunConfig:
-    """Return the configuration of the model's run, or of the package's default run, with `data` and `overrides`."""
+def resolve_run(
+    model: str | Path | None, data: str | Path | None, overrides: Sequence[str], env: Any = None
+) -> RunConfig:
+    """Return the configuration of the model's run, or of the default run, with `data` or `env`, and `overrides`."""
     # A supervised run is followed by reinforcement learning, so its model is probed under the preset `rest`. Held-out
     # prompts belong to the run's own data; with other data they are dropped.
+    if data and env:
+        raise UserError("--data and --env are both given", "dialogues or an environment", "remove one of them")
     path, run, _ = resolve_origin(str(model)) if model else (None, None, None)
-    if run and run.env.path and not data:
-        problem = f"the run trained in the environment {run.env.path}, which probe does not support"
-        raise UserError(problem, "dialogues", "pass --data; for an environment, run rest-rl env check")
-    given = {"model.path": path, "data.path": str(data) if data else None}
+    address = describe_address(env, "env") if env else None
+    given = {"model.path": path, "data.path": str(data) if data else None, "env.path": address}
     options = [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value), *overrides]
     if run is None:
-        return read_run_file(None, options)
+        return with_turn_weights(read_run_file(None, options))
     if run.rest.is_supervised:
         run = replace(run, rest=RestTable(format=run.rest.format), trl=read_run_file(None, options).trl)
     run = replace(run, eval=replace(run.eval, every=0))
     run = replace(run, data=replace(run.data, held_out=""), env=EnvTable()) if data else run
-    return read_run_source(run, options)
+    run = enter_world(run, address) if address and address != run.env.path else run
+    return with_turn_weights(read_run_source(run, options))
+
+
+# A run records every field of its weights. On dialogues, their normalization per response is not a choice for rollouts.
+def enter_world(run: RunConfig, address: str) -> RunConfig:
+    """Return a run in the environment at `address`, without settings of its own data or environment."""
+    if run.env.path:
+        return replace(run, env=EnvTable(path=address))
+    weights = {key: value for key, value in run.rest.weights.items() if (key, value) != ("normalization", "response")}
+    rest = replace(run.rest, weights=weights, resample_rounds=0)
+    return replace(run, run=replace(run.run, engine="trl"), data=DataTable(), env=EnvTable(path=address), rest=rest)
 
 
 def build_sampling(
@@ -190,21 +223,38 @@ def build_layouts(config: RunConfig, formats: Sequence[str], observer: Observer)
     return [PromptLayout(tokenizer, name, variables, context) for name in dict.fromkeys(names)]
 
 
-def draw_prompts(
-    config: RunConfig,
-    layout: PromptLayout,
-    count: int,
-    seed: int,
-    observer: Observer,
-    response_tokens: int,
-    min_prompts: int = MIN_PROMPTS,
-    remedy: str = "add data",
-) -> list[Prepared]:
-    """Draw up to `count` of the prompts that training would use in this format and that leave room for a response."""
+def in_environment(
+    sampling: Sampling, config: RunConfig, layout: PromptLayout, data: EnvironmentData, *, has_own_limit: bool
+) -> Sampling:
+    """Return the settings for rollouts, with a response limit derived as in training if the run's is 0."""
+    assert data.environment is not None
+    sampling = replace(sampling, world=World.from_run(config, data.environment))
+    if has_own_limit or config.trl.get("max_completion_length") != 0:
+        return sampling
+    golds = [render_gold(each.sample, layout) for each in data.prepared]
+    return replace(sampling, max_new_tokens=derive_response_limit(golds, layout, sampling.max_new_tokens))
+
+
+def read_prompts(config: RunConfig, layout: PromptLayout, observer: Observer, response_tokens: int) -> TrainingData:
+    """Read the prompts that training would use in this format and that leave room for a response, or the tasks."""
     # Held-out measurement is switched off, so that `read_data` returns all training prompts.
     rest = replace(config.rest, format=layout.format.name)
     unmeasured = replace(config, rest=rest, eval=replace(config.eval, prompts=0, every=0))
-    prompts = read_data(unmeasured, layout, observer, response_tokens).prepared
+    if config.env.path:
+        return read_tasks(unmeasured, layout, observer)
+    return read_data(unmeasured, layout, observer, response_tokens)
+
+
+def draw_prompts(
+    data: TrainingData,
+    count: int,
+    seed: int,
+    observer: Observer,
+    min_prompts: int = MIN_PROMPTS,
+    remedy: str = "add data",
+) -> list[Prepared]:
+    """Draw up to `count` of the prompts."""
+    prompts = data.prepared
     if len(prompts) < min_prompts:
         raise UserError(f"the data has {len(prompts)} usable samples", f"at least {min_prompts}", remedy)
     if len(prompts) < count:

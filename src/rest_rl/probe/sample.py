@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from rest_rl.credit import AdvantageKind, group_advantages
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared
+from rest_rl.envs.rollout import Trajectory
 from rest_rl.errors import UserError, check_minimums
 from rest_rl.evaluate.generate import eos_token_ids, generate, has_ended
 from rest_rl.presets import PRESETS
@@ -19,16 +21,39 @@ from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Gold
 from rest_rl.rewards import RewardRule, apply_reward, judge, uses_random_rewards
 
+if TYPE_CHECKING:
+    from rest_rl.probe.rollouts import World
+
 
 class SampledResponse(NamedTuple):
-    """A scored response; `ids` include the end-of-sequence token, and `regions` has the `Region` of each token."""
+    """A scored response; `ids` include the end-of-sequence token, and `regions` has the `Region` of each token.
+
+    In an environment it is a rollout: everything after the prompt, including what the environment said.
+    """
 
     ids: list[int]
     regions: list[int]
     reward: float
+    """NaN if nothing was scored."""
     s_format: float
     s_acc: float
     is_exact: bool
+    mask: list[int] | None = None
+    """1 for tokens of the policy, 0 for those of the environment; None if there is no environment."""
+    credits: list[float] | None = None
+    """The advantage of each token; None if all tokens have that of the response within its group."""
+    rollout: Trajectory | None = None
+
+    @property
+    def sampled(self) -> list[int]:
+        """1 for each token that the policy sampled, 0 for the others."""
+        return [1] * len(self.ids) if self.mask is None else self.mask
+
+    def is_truncated(self, eos_ids: Collection[int]) -> bool:
+        """Return whether the response, or the last turn of the rollout, reached the limit of tokens."""
+        if self.rollout is not None:
+            return self.rollout.stop == "truncated"
+        return not self.ids or self.ids[-1] not in eos_ids
 
 
 class SampledGroup(NamedTuple):
@@ -38,9 +63,26 @@ class SampledGroup(NamedTuple):
     responses: tuple[SampledResponse, ...]
 
     def advantages(self, kind: AdvantageKind = "grpo") -> Tensor:
-        """Return the advantage of each of the G responses within the group. Shape (G,), float64."""
+        """Return the advantage of each of the G responses within the group. Shape (G,), float64.
+
+        Like TRL, this leaves unscored responses out of mean and deviation, and gives them the advantage 0.
+        """
         rewards_G = torch.tensor([response.reward for response in self.responses], dtype=torch.float64)
-        return group_advantages(rewards_G, len(self.responses), kind)
+        is_scored_G, advantages_G = ~rewards_G.isnan(), torch.zeros_like(rewards_G)
+        if self.num_scored:
+            advantages_G[is_scored_G] = group_advantages(rewards_G[is_scored_G], self.num_scored, kind)
+        return advantages_G
+
+    @property
+    def num_scored(self) -> int:
+        return sum(not math.isnan(response.reward) for response in self.responses)
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether any response has an advantage."""
+        if any(response.credits is not None for response in self.responses):
+            return any(any(response.credits or ()) for response in self.responses)
+        return bool(self.advantages("dr_grpo").any())
 
 
 @dataclass(frozen=True)
@@ -55,6 +97,8 @@ class Sampling:
     seed: int = 0
     progress: float = 0.0
     reward: RewardRule = PRESETS["rest"].reward
+    world: World | None = None
+    """The environment of the rollouts; None for single responses."""
 
     def __post_init__(self) -> None:
         check_minimums({"the group size": (self.group_size, 2), "max_new_tokens": (self.max_new_tokens, 1)})
@@ -73,7 +117,12 @@ def sample_groups(
     sampling: Sampling,
     advance: Callable[[], Any] = lambda: None,
 ) -> list[SampledGroup]:
-    """Sample a group of responses to each prompt, in order; equal arguments give equal groups."""
+    """Sample a group of responses to each prompt, in order; equal arguments give equal groups.
+
+    With `sampling.world`, a prompt stands for a task, and its group has rollouts.
+    """
+    if sampling.world is not None:
+        return sampling.world.sample_groups(model, layout, prompts, sampling, advance)
     groups, ends = [], eos_token_ids(model, layout.tokenizer)
     per_batch = max(1, sampling.batch_size // sampling.group_size)
     for first in range(0, len(prompts), per_batch):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor
 
 from rest_rl.config import RunConfig
+from rest_rl.credit import CreditKind, find_turn_stages
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared
 from rest_rl.data.samples import ToolSample
@@ -21,6 +24,7 @@ from rest_rl.evaluate.generate import EntropyMeter, eos_token_ids, generate
 from rest_rl.evaluate.held_out import HeldOutPrompt
 from rest_rl.regions import decode_ids, token_char_lengths
 from rest_rl.response import Gold
+from rest_rl.rewards import match_calls_by_stage
 from rest_rl.runlog import SILENT, Observer, Row
 from rest_rl.statistics import Outcome, summarize
 from rest_rl.train.prompts import TrainingData
@@ -48,6 +52,17 @@ def make_limits(config: RunConfig) -> Limits:
     """Return the limits of a run's rollouts."""
     table = config.env
     return Limits(table.turns, table.calls_per_turn, table.result_tokens, table.timeout)
+
+
+# With several turns, weights of mean 1 over the whole rollout would let a turn of long reasoning drain the others.
+def with_turn_weights(config: RunConfig) -> RunConfig:
+    """Return a run in an environment with weights normalized per turn, unless it sets `normalization`."""
+    if not config.env.path or "normalization" in config.rest.weights:
+        return config
+    if getattr(config.rest.resolve().weights, "normalization", None) != "response":
+        return config
+    weights = {**config.rest.weights, "normalization": "turn"}
+    return replace(config, rest=replace(config.rest, weights=weights))
 
 
 def read_tasks(config: RunConfig, layout: PromptLayout, observer: Observer = SILENT) -> EnvironmentData:
@@ -112,6 +127,49 @@ def _open_task(
         return Prepared(sample, layout.render(sample), layout.tokenizer), len(guard.gold_calls or [])
     finally:
         guard.close()
+
+
+class Staged(NamedTuple):
+    """The stages of one trajectory: rewards, hashes of the states before them, and rewards of matched gold calls."""
+
+    rewards: Sequence[float | None]
+    states: Sequence[str | None]
+    matched: Sequence[float]
+
+
+def resolve_credit(credit: str | None, environment: Environment | None) -> CreditKind:
+    """Return `credit` or, if it is None, `return_to_go` if the environment rewards single calls, else `outcome`."""
+    has_steps = getattr(environment, "step_rewards", False)
+    return cast(CreditKind, credit or ("return_to_go" if has_steps else "outcome"))
+
+
+def stage_rollouts(
+    trajectories: Sequence[Trajectory], mask_BT: Tensor, credit: CreditKind
+) -> tuple[list[Staged], Tensor]:
+    """Return the stages of rollouts, which are their turns, and the stage of each token (`find_turn_stages`).
+
+    Raises:
+        UserError: `matched` credit, and a session does not know the calls that solve its task.
+    """
+    stages_BT = find_turn_stages(mask_BT)
+    for row, each in zip(stages_BT, trajectories, strict=True):  # the mask of a truncated row can be empty
+        turns = int(row.max()) + 1 if len(row) else 0
+        assert turns in (0, len(each.turns)), "every turn is one run of sampled tokens"
+    staged = [
+        Staged(each.rewards, [turn.state_hash for turn in each.turns] or [None], _match_gold(each, credit))
+        for each in trajectories
+    ]
+    return staged, stages_BT
+
+
+def _match_gold(trajectory: Trajectory, credit: CreditKind) -> list[float]:
+    calls = [turn.calls for turn in trajectory.turns] or [()]
+    if credit != "matched":
+        return [0.0] * len(calls)
+    if trajectory.gold_calls is None and trajectory.turns:
+        problem = f"rest.credit is 'matched', but task {trajectory.task.get('id')!r} has no gold_calls()"
+        raise UserError(problem, "sessions that know the calls which solve their task", "choose another rest.credit")
+    return match_calls_by_stage(calls, trajectory.gold_calls or [])
 
 
 def make_rows(data: EnvironmentData, seed: int) -> Iterable[Row]:
@@ -275,23 +333,46 @@ class EnvironmentEvaluator:
         settings: Mapping[str, Any],
         on_turn: Callable[[int, int], Any],
     ) -> list[Trajectory]:
-        table, tokenizer, limit = self.config.eval, self.layout.tokenizer, max(prompt.limit for prompt in prompts)
-        turn = 0
-
-        def respond(ids: Sequence[list[int]], is_first: bool) -> Generated:
-            nonlocal turn
-            turn += 1
-            own = {"max_new_tokens": limit, "batch_size": table.batch_size, "seed": seed + 1000 * turn, **settings}
-            return Generated(generate(model, tokenizer, ids, **own))
-
+        table, limit = self.config.eval, max(prompt.limit for prompt in prompts)
         tasks = [(self.data.get_task(prompt.sample), derive_seed(table.seed, prompt.sample.id)) for prompt in prompts]
-        ends: Collection[int] = eos_token_ids(model, tokenizer)
-        return Rollouts(self.environment, self.layout, make_limits(self.config), ends, limit).run(
-            tasks, respond, on_turn
-        )
+        own = {"max_new_tokens": limit, "batch_size": table.batch_size, "seed": seed, **settings}
+        return sample_rollouts(model, self.environment, self.layout, make_limits(self.config), tasks, on_turn, **own)
+
+
+def sample_rollouts(
+    model: Any,
+    environment: Environment,
+    layout: PromptLayout,
+    limits: Limits,
+    tasks: Sequence[tuple[Task, int]],
+    on_turn: Callable[[int, int], Any] = lambda turn, active: None,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    **settings: Any,
+) -> list[Trajectory]:
+    """Roll out tasks, given with the seeds of their sessions, outside of a trainer; `settings` are those of `generate`.
+
+    `max_new_tokens` limits each turn. `on_turn` is that of `Rollouts.run`.
+    """
+    turn, tokenizer = 0, layout.tokenizer
+
+    def respond(ids: Sequence[list[int]], is_first: bool) -> Generated:
+        nonlocal turn
+        turn += 1
+        own = {"max_new_tokens": max_new_tokens, "seed": seed + 1000 * turn, **settings}
+        return Generated(generate(model, tokenizer, ids, **own))
+
+    ends: Collection[int] = eos_token_ids(model, tokenizer)
+    return Rollouts(environment, layout, limits, ends, max_new_tokens).run(tasks, respond, on_turn)
 
 
 def make_outcome(trajectory: Trajectory, prompt: HeldOutPrompt, index: int) -> Outcome:
-    unreadable = trajectory.events["unreadable call"] / max(1, len(trajectory.turns))
     success, reward = float(trajectory.has_succeeded), trajectory.total or 0.0
-    return Outcome(prompt.sample.kind, prompt.split, index, success, reward, 1 - unreadable, "calls")
+    readable = compute_readable_share(trajectory)
+    return Outcome(prompt.sample.kind, prompt.split, index, success, reward, readable, "calls")
+
+
+def compute_readable_share(trajectory: Trajectory) -> float:
+    """Return the share of a rollout's turns without an unreadable call, which is reported as S_format."""
+    return 1 - trajectory.events["unreadable call"] / max(1, len(trajectory.turns))

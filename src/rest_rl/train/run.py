@@ -47,7 +47,7 @@ from rest_rl.runlog import (
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.duration import Amounts, Duration, Range, predict_duration
 from rest_rl.train.engine import Engine
-from rest_rl.train.environment import EnvironmentData, read_tasks
+from rest_rl.train.environment import EnvironmentData, read_tasks, with_turn_weights
 from rest_rl.train.estimate import Estimate, Workload, estimate_resources, find_device, judge_fit
 from rest_rl.train.policy import (
     load_policy_config,
@@ -247,17 +247,6 @@ def plan_run(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: boo
     if not is_dry and config.run.engine == "trl":
         warn_about_memory(plan, observer)
     return plan
-
-
-# With several turns, weights of mean 1 over the whole rollout would let a turn of long reasoning drain the others.
-def with_turn_weights(config: RunConfig) -> RunConfig:
-    """Return a run in an environment with weights normalized per turn, unless it sets `normalization`."""
-    if not config.env.path or "normalization" in config.rest.weights:
-        return config
-    if getattr(config.rest.resolve().weights, "normalization", None) != "response":
-        return config
-    weights = {**config.rest.weights, "normalization": "turn"}
-    return replace(config, rest=replace(config.rest, weights=weights))
 
 
 def change_trl(plan: RunPlan, *, is_dry: bool, **changes: Any) -> RunPlan:

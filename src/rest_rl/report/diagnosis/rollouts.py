@@ -10,6 +10,7 @@ from rest_rl.report.diagnosis.settings import DiagnosisSettings
 MIN_CALL_RATE = 0.08
 # More failures than this of the environment's own hide what the policy does.
 MAX_FAILED_SHARE = 0.05
+MAX_LIMITED_SHARE = 0.5
 
 
 def rollouts_fail(history: History, settings: DiagnosisSettings) -> Symptom | None:
@@ -25,7 +26,7 @@ def rollouts_fail(history: History, settings: DiagnosisSettings) -> Symptom | No
 
 def turn_limit_reached(history: History, settings: DiagnosisSettings) -> Symptom | None:
     limited = history.newest_window("env/stop/turn limit")
-    if limited is None or not limited.exceeds(0.5, history.threshold):
+    if limited is None or not limited.exceeds(MAX_LIMITED_SHARE, history.threshold):
         return None
     return Symptom(
         f"{format_percent(limited)} of the rollouts reached the limit of turns ({format_steps(limited)})",

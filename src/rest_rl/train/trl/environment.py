@@ -11,24 +11,16 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
 
-from rest_rl.credit import CreditConfig, CreditKind, find_turn_stages, spread_credits, stage_credits
+from rest_rl.credit import CreditConfig, CreditKind, spread_credits, stage_credits
 from rest_rl.envs.rollout import Generated, Rollouts, Trajectory
-from rest_rl.errors import UserError
-from rest_rl.rewards import match_calls_by_stage
-
-
-class _Staged(NamedTuple):
-    # The stages of one trajectory: rewards, hashes of the states before them, and rewards of matched gold calls.
-    rewards: Sequence[float | None]
-    states: Sequence[str | None]
-    matched: Sequence[float]
+from rest_rl.train.environment import Staged, resolve_credit, stage_rollouts
 
 
 class EnvironmentTrainer(GRPOTrainer):
@@ -63,10 +55,9 @@ class EnvironmentTrainer(GRPOTrainer):
         raise NotImplementedError
 
     @property
-    def credit(self) -> str:
+    def credit(self) -> CreditKind:
         """The kind of credit: that of the settings, or `return_to_go` if the environment rewards single calls."""
-        has_steps = self.rollouts is not None and getattr(self.rollouts.environment, "step_rewards", False)
-        return cast(Any, self.args).credit or ("return_to_go" if has_steps else "outcome")
+        return resolve_credit(cast(Any, self.args).credit, self.rollouts and self.rollouts.environment)
 
     @property
     def _group_size(self) -> int:
@@ -96,29 +87,22 @@ class EnvironmentTrainer(GRPOTrainer):
             "trajectory": found,
         }
 
-    def _stage_rollouts(self, batch: dict[str, Any]) -> tuple[list[_Staged], Tensor]:
-        stages_BT = find_turn_stages(batch["completion_mask"] * batch["tool_mask"])
-        for row, each in zip(stages_BT, self._trajectories, strict=True):  # the mask of a truncated row can be empty
-            assert int(row.max()) + 1 in (0, len(each.turns)), "every turn is one run of sampled tokens"
-        staged = [
-            _Staged(each.rewards, [turn.state_hash for turn in each.turns] or [None], self._match_gold(each))
-            for each in self._trajectories
-        ]
-        return staged, stages_BT
+    def _stage_rollouts(self, batch: dict[str, Any]) -> tuple[list[Staged], Tensor]:
+        return stage_rollouts(self._trajectories, batch["completion_mask"] * batch["tool_mask"], self.credit)
 
-    def _stage_responses(self, batch: dict[str, Any]) -> tuple[list[_Staged], Tensor]:
+    def _stage_responses(self, batch: dict[str, Any]) -> tuple[list[Staged], Tensor]:
         mask_BT = batch["completion_mask"].bool()
         stages_BT, staged = torch.full(mask_BT.shape, -1, device=mask_BT.device), []
         for number, (row, ids) in enumerate(zip(self._rows, batch["completion_ids"], strict=True)):
             rewards, stages = self.split_response(row, ids[mask_BT[number]].tolist())
             stages_BT[number, mask_BT[number]] = torch.tensor(stages, device=mask_BT.device)
-            staged.append(_Staged(rewards, [None] * len(rewards), [0.0] * len(rewards)))
+            staged.append(Staged(rewards, [None] * len(rewards), [0.0] * len(rewards)))
         return staged, stages_BT
 
     # The credit of each stage, from the rewards of the whole group, which may be spread over processes.
-    def _compute_credits(self, own: list[_Staged], stages_BT: Tensor) -> Tensor:
+    def _compute_credits(self, own: list[Staged], stages_BT: Tensor) -> Tensor:
         everyone = gather_object(own) if self.accelerator.num_processes > 1 else own
-        config = CreditConfig(cast(CreditKind, self.credit), cast(Any, self.args).gamma)
+        config = CreditConfig(self.credit, cast(Any, self.args).gamma)
         credits: list[list[float]] = []
         num_stages = num_lone = 0
         for first in range(0, len(everyone), self._group_size):
@@ -132,14 +116,3 @@ class EnvironmentTrainer(GRPOTrainer):
         )
         start = self.accelerator.process_index * len(own)
         return spread_credits(credits[start : start + len(own)], stages_BT)
-
-    def _match_gold(self, trajectory: Trajectory) -> list[float]:
-        calls = [turn.calls for turn in trajectory.turns] or [()]
-        if self.credit != "matched":
-            return [0.0] * len(calls)
-        if trajectory.gold_calls is None and trajectory.turns:
-            problem = f"rest.credit is 'matched', but task {trajectory.task.get('id')!r} has no gold_calls()"
-            raise UserError(
-                problem, "sessions that know the calls which solve their task", "choose another rest.credit"
-            )
-        return match_calls_by_stage(calls, trajectory.gold_calls or [])
