@@ -183,19 +183,30 @@ def resolve_run(
     if run.rest.is_supervised:
         run = replace(run, rest=RestTable(format=run.rest.format), trl=read_run_file(None, options).trl)
     run = replace(run, eval=replace(run.eval, every=0))
-    run = replace(run, data=replace(run.data, held_out=""), env=EnvTable()) if data else run
+    run = replace(leave_world(run), data=replace(run.data, held_out="")) if data else run
     run = enter_world(run, address) if address and address != run.env.path else run
-    return with_turn_weights(read_run_source(run, options))
+    return read_run_source(run, options)
 
 
-# A run records every field of its weights. On dialogues, their normalization per response is not a choice for rollouts.
+# A run records every field of its weights, so a normalization that only suits its own kind of responses looks chosen.
+def without_normalization(rest: RestTable, kind: str) -> RestTable:
+    weights = {key: value for key, value in rest.weights.items() if (key, value) != ("normalization", kind)}
+    return replace(rest, weights=weights)
+
+
+def leave_world(run: RunConfig) -> RunConfig:
+    """Return a run on dialogues, without the settings of its environment, if it has one."""
+    rest = replace(without_normalization(run.rest, "turn"), credit=None)
+    return replace(run, env=EnvTable(), rest=rest) if run.env.path else run
+
+
 def enter_world(run: RunConfig, address: str) -> RunConfig:
     """Return a run in the environment at `address`, without settings of its own data or environment."""
     if run.env.path:
         return replace(run, env=EnvTable(path=address))
-    weights = {key: value for key, value in run.rest.weights.items() if (key, value) != ("normalization", "response")}
-    rest = replace(run.rest, weights=weights, resample_rounds=0)
-    return replace(run, run=replace(run.run, engine="trl"), data=DataTable(), env=EnvTable(path=address), rest=rest)
+    rest = replace(without_normalization(run.rest, "response"), resample_rounds=0)
+    config = replace(run, run=replace(run.run, engine="trl"), data=DataTable(), env=EnvTable(path=address), rest=rest)
+    return with_turn_weights(config)
 
 
 def build_sampling(
