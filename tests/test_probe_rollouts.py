@@ -65,7 +65,7 @@ class Shopping:
         (self.layout,) = probe_run.build_layouts(self.config, (), SILENT)
         sampling = probe_run.build_sampling(self.config, GROUP, 0, 0.0, None, None)
         data: Any = probe_run.read_prompts(self.config, self.layout, SILENT, 64)
-        self.sampling = probe_run.in_environment(sampling, self.config, self.layout, data, has_own_limit=False)
+        self.sampling = probe_run.in_environment(sampling, self.config, self.layout, data, derives_limit=True)
         self.model = load_policy(self.config.model)[0]
         drawn = data.prepared[:16]
         assert self.sampling.world is not None
@@ -333,11 +333,11 @@ def test_the_settings_of_rollouts_are_those_of_training(trained: Path, policy: P
     assert len(data.prepared) == 20
     sampling = probe_run.build_sampling(bare, 4, 0, 0.0, 2000, None)
     limits = [
-        probe_run.in_environment(sampling, bare, layout, data, has_own_limit=is_given).max_new_tokens
-        for is_given in (False, True)
+        probe_run.in_environment(sampling, bare, layout, data, derives_limit=is_derived).max_new_tokens
+        for is_derived in (True, False)
     ]
     assert 256 < limits[0] < limits[1] == 2000  # by default twice the longest gold call and an allowance of 256
-    world = probe_run.in_environment(sampling, bare, layout, data, has_own_limit=True).world
+    world = probe_run.in_environment(sampling, bare, layout, data, derives_limit=False).world
     assert world is not None
     assert (world.credit.kind, world.limits.turns, world.seed) == ("return_to_go", 8, bare.run.seed)
 
@@ -382,7 +382,7 @@ def test_an_environment_that_scores_nothing_is_refused(policy: Path) -> None:
 
     data.environment.open = open_unscored
     sampling = probe_run.build_sampling(config, 4, 0, 0.0, None, None)
-    sampling = probe_run.in_environment(sampling, config, layout, data, has_own_limit=True)
+    sampling = probe_run.in_environment(sampling, config, layout, data, derives_limit=False)
     assert sampling.world is not None
     model = tiny_model(layout.tokenizer)
     with pytest.raises(UserError, match="scored no rollout"):

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from rest_rl.probe.report import ProbeReport
 
 MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", help="tokens per response (default: as in the run)")]
+Env = Annotated[
+    str | None, typer.Option(metavar="ENV", help="environment instead of data (default: that of the model's run)")
+]
+Formats = Annotated[
+    list[str],
+    typer.Option("--format", metavar="F", help="tool-call format; repeat it to compare formats (default: auto)"),
+]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="responses in one pass (default: eval.batch_size)")]
 
 EPILOG = """\
@@ -36,14 +43,8 @@ def probe(
     data: Annotated[
         str | None, typer.Option(metavar="FILE", help="dialogues (default: those of the model's run)")
     ] = None,
-    env: Annotated[
-        str | None,
-        typer.Option(metavar="ENV", help="environment instead of data, as in train (default: that of the model's run)"),
-    ] = None,
-    formats: Annotated[
-        list[str],
-        typer.Option("--format", metavar="F", help="tool-call format; repeat it to compare formats (default: auto)"),
-    ] = [],
+    env: Env = None,
+    formats: Formats = [],
     prompts: Annotated[int, typer.Option(metavar="N", help="number of prompts, at least 8")] = 96,
     group_size: Annotated[int, typer.Option(metavar="G", help="responses per prompt")] = 8,
     seed: Annotated[int, typer.Option(metavar="S", help="seed of prompts and sampling")] = 0,

@@ -91,33 +91,31 @@ def probe(
     Raises:
         UserError: For a wrong argument before anything is sampled, or if the folder cannot be written at the end.
     """
-    check_minimums({"the number of prompts": (prompts, MIN_PROMPTS), "the number of prompts per step": (step, 1)})
-    if not 0 <= norm_cap < float("inf"):
-        raise UserError(f"the norm cap is {norm_cap}", "0 (no cap) or a positive multiple of the median norm")
+    check_numbers(prompts, step, norm_cap)
     config = resolve_run(model, data, overrides, env)  # fails on mistakes before minutes of loading and sampling
     layouts = build_layouts(config, formats, observer)
     limited = config.with_response_limit(layouts[0].context)
     sampling = build_sampling(limited, group, seed, progress, max_new_tokens, batch_size)
-    plans = []
-    for layout in layouts:
-        own = read_prompts(config, layout, observer, sampling.max_new_tokens)
-        plan = sampling
-        if isinstance(own, EnvironmentData):
-            plan = in_environment(sampling, config, layout, own, has_own_limit=max_new_tokens is not None)
-        plans.append((layout, draw_prompts(own, prompts, seed, observer), plan))
+    derives_limit = max_new_tokens is None and config.trl.get("max_completion_length") == 0
+    drawn_prompts = [draw_format(config, own, sampling, prompts, observer, derives_limit) for own in layouts]
     if out is not None:
         create_folder(Path(out), JSON_FILE)
     policy, rule, reports = load_model(config, observer), config.rest.resolve().weights, list[ProbeReport]()
-    for layout, drawn, plan in plans:
+    for layout, (drawn, own) in zip(layouts, drawn_prompts, strict=True):
         size = resolve_prompts_per_step(config, step, len(drawn), observer)
-        reports.append(probe_format(policy, layout, drawn, plan, rule, size, norm_cap, observer))
+        reports.append(probe_format(policy, layout, drawn, own, rule, size, norm_cap, observer))
         on_report(reports[-1])  # at once, so that an interrupt in the next format loses nothing
     if len(reports) > 1:
         observer.show_table(*build_formats_table(reports))
     if out is not None:
-        where = f"in {config.env.path}" if config.env.path else f"on {Path(data).name if data else 'its own prompts'}"
-        write_reports(f"{label_model(model)} {where}", reports, Path(out))
+        write_reports(f"{label_model(model)} {label_prompts(config, data)}", reports, Path(out))
     return reports
+
+
+def check_numbers(prompts: int, step: int | None, norm_cap: float) -> None:
+    check_minimums({"the number of prompts": (prompts, MIN_PROMPTS), "the number of prompts per step": (step, 1)})
+    if not 0 <= norm_cap < float("inf"):
+        raise UserError(f"the norm cap is {norm_cap}", "0 (no cap) or a positive multiple of the median norm")
 
 
 def write_reports(subject: str, reports: Sequence[ProbeReport], folder: Path) -> None:
@@ -234,13 +232,23 @@ def build_layouts(config: RunConfig, formats: Sequence[str], observer: Observer)
     return [PromptLayout(tokenizer, name, variables, context) for name in dict.fromkeys(names)]
 
 
+def draw_format(
+    config: RunConfig, layout: PromptLayout, sampling: Sampling, count: int, observer: Observer, derives_limit: bool
+) -> tuple[list[Prepared], Sampling]:
+    """Draw the prompts or tasks for one format; return them with the settings for sampling."""
+    data = read_prompts(config, layout, observer, sampling.max_new_tokens)
+    drawn = draw_prompts(data, count, sampling.seed, observer)
+    return drawn, in_environment(sampling, config, layout, data, derives_limit=derives_limit)
+
+
 def in_environment(
-    sampling: Sampling, config: RunConfig, layout: PromptLayout, data: EnvironmentData, *, has_own_limit: bool
+    sampling: Sampling, config: RunConfig, layout: PromptLayout, data: TrainingData, *, derives_limit: bool
 ) -> Sampling:
-    """Return the settings for rollouts, with a response limit derived as in training if the run's is 0."""
-    assert data.environment is not None
+    """Return the settings for rollouts if the data are tasks; `derives_limit`: derive their limit as training does."""
+    if not isinstance(data, EnvironmentData) or data.environment is None:
+        return sampling
     sampling = replace(sampling, world=World.from_run(config, data.environment))
-    if has_own_limit or config.trl.get("max_completion_length") != 0:
+    if not derives_limit:
         return sampling
     golds = [render_gold(each.sample, layout) for each in data.prepared]
     return replace(sampling, max_new_tokens=derive_response_limit(golds, layout, sampling.max_new_tokens))
@@ -305,6 +313,10 @@ def track_steps(observer: Observer, name: str, total: int) -> Iterator[Callable[
 
 def label_model(model: str | Path | None) -> str:
     return model_label(str(model)) if model else "the embedded model"
+
+
+def label_prompts(config: RunConfig, data: str | Path | None) -> str:
+    return f"in {config.env.path}" if config.env.path else f"on {Path(data).name if data else 'its own prompts'}"
 
 
 def choose_unused_folder(verb: str, model: str | Path | None, file: str) -> Path:
