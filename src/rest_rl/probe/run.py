@@ -96,8 +96,7 @@ def probe(
     layouts = build_layouts(config, formats, observer)
     limited = config.with_response_limit(layouts[0].context)
     sampling = build_sampling(limited, group, seed, progress, max_new_tokens, batch_size)
-    derives_limit = max_new_tokens is None and config.trl.get("max_completion_length") == 0
-    drawn_prompts = [draw_format(config, own, sampling, prompts, observer, derives_limit) for own in layouts]
+    drawn_prompts = [draw_format(config, own, sampling, prompts, observer, max_new_tokens is None) for own in layouts]
     if out is not None:
         create_folder(Path(out), JSON_FILE)
     policy, rule, reports = load_model(config, observer), config.rest.resolve().weights, list[ProbeReport]()
@@ -244,11 +243,14 @@ def draw_format(
 def in_environment(
     sampling: Sampling, config: RunConfig, layout: PromptLayout, data: TrainingData, *, derives_limit: bool
 ) -> Sampling:
-    """Return the settings for rollouts if the data are tasks; `derives_limit`: derive their limit as training does."""
+    """Return the settings for rollouts if the data are tasks.
+
+    With `derives_limit`, a limit of 0 tokens is derived from the gold calls, as in training.
+    """
     if not isinstance(data, EnvironmentData) or data.environment is None:
         return sampling
     sampling = replace(sampling, world=World.from_run(config, data.environment))
-    if not derives_limit:
+    if not derives_limit or config.trl.get("max_completion_length") != 0:
         return sampling
     golds = [render_gold(each.sample, layout) for each in data.prepared]
     return replace(sampling, max_new_tokens=derive_response_limit(golds, layout, sampling.max_new_tokens))
