@@ -12,6 +12,7 @@ import pytest
 
 import rest_rl
 from rest_rl.cli.app import main
+from rest_rl.cli.train import lora_overrides
 from rest_rl.config import (
     RENAMED_KEYS,
     EvalTable,
@@ -42,6 +43,19 @@ def test_smollm2_in_the_office_starts_from_the_adapter_of_this_package() -> None
         config = read_run_file(None, overrides)
         assert config.model.adapter == ""
         assert config.run.out != "runs/office"
+
+
+def test_lora_multiplies_the_learning_rate_unless_the_run_has_an_adapter() -> None:
+    own, data = 'model.path="a"', 'data.path="a.jsonl"'
+    for changes, rate in (
+        ([own, data], "1e-05"),
+        ([own, data, 'rest.preset="sft"'], "0.0001"),
+        (['model.path="smollm2"', data], "0.0002"),
+    ):
+        assert lora_overrides(4, changes, is_own=True) == ["peft.r=4", f"trl.learning_rate={rate}"]
+        assert lora_overrides(4, changes, is_own=False) == ["peft.r=4"]
+        assert lora_overrides(None, changes, is_own=True) == []
+    assert lora_overrides(4, ['data.path="office"'], is_own=True) == ["peft.r=4"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

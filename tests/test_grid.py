@@ -106,6 +106,19 @@ model.path = "models/sft"
 """
 
 
+@pytest.mark.parametrize(
+    ("file", "own"),
+    [
+        ("compare-office.toml", {"model.adapter": "smollm2-office", "rest.format": "hermes"}),
+        ("compare-credit.toml", {"env.turns": 8, "trl.max_completion_length": 64}),
+        ("compare-call-decides.toml", {"rest.format": "toolrl", "data.num_samples": 2000}),
+    ],
+)
+def test_a_grid_changes_the_run_that_suits_its_data(file: str, own: dict[str, Any]) -> None:
+    found = settings(read_grid(CONFIGS / file), "grpo" if "credit" not in file else "grpo-outcome")
+    assert {key: found[key] for key in own} == own
+
+
 def test_a_grid_file(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[data]\nnum_samples = 100\n[trl]\nmax_steps = 3\nlearning_rate = 1e-3\n")
     (tmp_path / "grid.toml").write_text(GRID)

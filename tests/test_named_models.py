@@ -286,6 +286,8 @@ def test_an_adapter_finds_its_named_base(tiny: WheelModel, tmp_path: Path, base:
         model, tokenizer = load_policy(table)
         with torch.no_grad():
             torch.testing.assert_close(model(ids_BT).logits, expected_BTV, rtol=1e-4, atol=1e-4)
+    going_on, _ = load_policy(ModelTable(path="tiny", adapter=adapter), {"r": 2})
+    assert going_on.peft_config["default"].base_model_name_or_path == str(folder)
     for table in (ModelTable(path=adapter, adapter=adapter), ModelTable(path="tiny", adapter="tiny")):
         with pytest.raises(UserError, match=r"model\.adapter"):
             resolve_adapter(table)

@@ -150,7 +150,8 @@ def lora_overrides(rank: int | None, changes: Sequence[str], *, is_own: bool) ->
     if rank is None:
         return []
     # Set the rate only for your own model without a run file: a run file or a resumed run already determines the rate.
-    rate = 10 * read_run_file(None, changes).trl["learning_rate"] if is_own else None
+    base = read_run_file(None, changes) if is_own else None
+    rate = 10 * base.trl["learning_rate"] if base and not base.peft else None
     return [f"peft.r={rank}", *([f"trl.learning_rate={rate:.6g}"] if rate else [])]
 
 

@@ -79,6 +79,8 @@ def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tu
             from peft import PeftModel
 
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=bool(peft))
+            # When PEFT saves the adapter, it looks its base model up by this name, if need be on the hub.
+            cast(Any, adapted.peft_config["default"]).base_model_name_or_path = str(path)
             # Loading an adapter freezes its base model, and merging leaves it frozen.
             model = adapted if peft else cast(Any, adapted).merge_and_unload().to(dtype).requires_grad_(True)
     return model, tokenizer
