@@ -1,10 +1,7 @@
 """Three tools of your own, and a small model that learns to use them: a calendar, arithmetic and a table of units.
 
-    rest-rl env check examples/own_tools.py:Assistant      what is wrong with the tools, in seconds
-    python examples/own_tools.py                           trains SmolLM2 (135 million parameters) on a CPU
-
-`Assistant` is an environment in TRL's form: one instance per rollout, `reset` sets a task up, public methods are the
-tools, and `get_reward` scores the rollout.
+rest-rl env check examples/own_tools.py:Assistant       what is wrong with the tools, in seconds
+python examples/own_tools.py       trains SmolLM2 on a CPU; its adapter has seen an office's tools, none of these
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ OPERATIONS = {"plus": "+", "minus": "-", "times": "*"}
 
 
 class Assistant:
-    """An assistant with a calendar in SQLite; it keeps what its tools did."""
+    """An environment in TRL's form: `reset` sets a task up, methods are tools, and the first effect ends the task."""
 
     def _open(self) -> None:
         self.calendar, self.results = sqlite3.connect(":memory:"), list[float]()
@@ -56,24 +53,28 @@ class Assistant:
         self.results.append(round(amount * UNITS[unit] / UNITS[target], 3))
         return self.results[-1]
 
+    @property
+    def done(self) -> bool:
+        return bool(self._list_effects())
+
     def gold_calls(self) -> list[dict[str, object]]:
         return [{"name": self.wanted[0], "arguments": self.wanted[1]}]
 
     def get_reward(self) -> float:
         """One point if the tools did what the user asked for, and nothing else."""
-        done = self._list_effects()
+        effects = self._list_effects()
         self._open()
         getattr(self, self.wanted[0])(**self.wanted[1])
-        return float(done == self._list_effects())
+        return float(effects == self._list_effects())
 
     def _list_effects(self) -> list[object]:
         return [*self.calendar.execute("SELECT day, title FROM events"), *self.results]
 
 
-SETTINGS = ["env.turns=3", "data.num_samples=200", "eval.prompts=24", "eval.low_temperature=0", "trl.max_steps=12",
-            "trl.learning_rate=2e-5", "trl.max_completion_length=80"]  # fmt: skip
+SETTINGS = ['model.adapter="smollm2-office"', "model.dtype=bfloat16", "peft.r=8", "env.turns=3", "eval.prompts=24",
+            "trl.max_steps=8", "trl.learning_rate=5e-4", "trl.max_completion_length=64"]  # fmt: skip
 
 if __name__ == "__main__":
     result = rest_rl.train(env=Assistant, model="smollm2", out="runs/own-tools", overrides=SETTINGS)
-    before, after = (100 * scores["greedy"]["exact_match"] for scores in (result.before, result.after) if scores)
-    print(f"greedy success on held-out tasks: {before:.0f} % before, {after:.0f} % after {result.steps} steps")
+    before, after = (scores["greedy"]["exact_match"] for scores in (result.before, result.after) if scores)
+    print(f"greedy success on held-out tasks: {before:.0%} before, {after:.0%} after {result.steps} steps")
