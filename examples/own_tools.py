@@ -11,6 +11,7 @@ import sqlite3
 from typing import Literal, get_args
 
 import rest_rl
+from rest_rl.cli.terminal import Screen
 
 TITLES = ("lunch", "call with Ana", "team meeting", "dentist", "review", "train to Lyon", "interview", "gym")
 Day = Literal["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"]
@@ -75,6 +76,5 @@ SETTINGS = ['model.adapter="smollm2-office"', "model.dtype=bfloat16", "peft.r=8"
             "trl.max_steps=8", "trl.learning_rate=5e-4", "trl.max_completion_length=64"]  # fmt: skip
 
 if __name__ == "__main__":
-    result = rest_rl.train(env=Assistant, model="smollm2", out="runs/own-tools", overrides=SETTINGS)
-    before, after = (scores["greedy"]["exact_match"] for scores in (result.before, result.after) if scores)
-    print(f"greedy success on held-out tasks: {before:.0%} before, {after:.0%} after {result.steps} steps")
+    screen = Screen(show_every=2)  # prints progress, sample rollouts, and the scores before and after training
+    rest_rl.train(env=Assistant, model="smollm2", out="runs/own-tools", overrides=SETTINGS, observer=screen)
