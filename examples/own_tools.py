@@ -1,7 +1,6 @@
 """Three tools of your own, and a small model that learns to use them: a calendar, arithmetic and a table of units.
 
-rest-rl env check examples/own_tools.py:Assistant       what is wrong with the tools, in seconds
-python examples/own_tools.py       trains SmolLM2 on a CPU; its adapter has seen an office's tools, none of these
+`rest-rl env check examples/own_tools.py:Assistant` tests the tools; running this file trains SmolLM2 on a CPU.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -9,10 +10,13 @@ from typer.testing import CliRunner
 from rest_rl.cli.app import app
 from rest_rl.envs.check import check_environment, random_value
 from rest_rl.envs.guard import Limits
+from rest_rl.envs.load import load_environment
 from rest_rl.envs.session import Result
 from rest_rl.envs.shop import Shop
 from rest_rl.statistics import compute_auc
 from tests.live_environment import Counter, CounterSession, describe
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def statuses(environment, number=4, **settings):
@@ -27,6 +31,12 @@ def test_the_shop_passes():
     assert report.policies["gold"]["success"] == 1
     assert report.policies["empty"]["success"] == report.policies["random"]["success"] == 0
     assert report.policies["gold"]["reward"] > report.policies["partial"]["reward"] > report.policies["empty"]["reward"]
+
+
+def test_the_example_passes_and_its_tasks_end_with_the_first_effect():
+    found, report = statuses(load_environment(f"{EXAMPLES / 'own_tools.py'}:Assistant"))
+    assert set(found.values()) <= {"ok", "not checked"}
+    assert report.policies["gold"]["success"] == report.policies["repeat"]["success"] == 1
 
 
 def faulty(**methods):
