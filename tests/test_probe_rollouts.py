@@ -37,7 +37,7 @@ from rest_rl.probe.page import describe_samples, to_mapping
 from rest_rl.probe.report import EnvironmentFacts, ProbeReport
 from rest_rl.probe.rollouts import make_group
 from rest_rl.probe.rules import built_in_rules, select_rules
-from rest_rl.probe.sample import SampledGroup, SampledResponse
+from rest_rl.probe.sample import SampledGroup, SampledResponse, sample_groups
 from rest_rl.response import Region
 from rest_rl.runlog import SILENT
 from rest_rl.train.environment import EnvironmentData, make_environment_reward, make_rows
@@ -69,7 +69,7 @@ class Shopping:
         self.model = load_policy(self.config.model)[0]
         drawn = data.prepared[:16]
         assert self.sampling.world is not None
-        groups = self.sampling.world.sample_groups(self.model, self.layout, drawn, self.sampling)
+        groups = sample_groups(self.model, self.layout, drawn, self.sampling)
         self.kept = [at for at, group in enumerate(groups) if group.has_spread][:2]
         self.groups, self.prompts = [groups[at] for at in self.kept], [drawn[at] for at in self.kept]
         assert len(self.groups) == 2
@@ -171,9 +171,7 @@ def test_tokens_of_the_environment_have_no_weight_region_or_statistics(shop: Sho
 
 
 def test_rollouts_repeat_under_equal_seeds(shop: Shopping) -> None:
-    world = shop.sampling.world
-    assert world is not None
-    first, again = (world.sample_groups(shop.model, shop.layout, shop.prompts, shop.sampling) for _ in range(2))
+    first, again = (sample_groups(shop.model, shop.layout, shop.prompts, shop.sampling) for _ in range(2))
     assert [group.responses for group in first] == [group.responses for group in again]
     assert len({tuple(one.ids) for one in first[0].responses}) > 1
     facts = summarize_rollouts(first, "shop", "outcome")
@@ -386,8 +384,6 @@ def test_an_environment_that_scores_nothing_is_refused(policy: Path) -> None:
     assert sampling.world is not None
     model = tiny_model(layout.tokenizer)
     with pytest.raises(UserError, match="scored no rollout"):
-        sampling.world.sample_groups(model, layout, data.prepared[:2], sampling)
+        sample_groups(model, layout, data.prepared[:2], sampling)
     with pytest.raises(UserError, match="no rollout has a response"):  # the context has no room for a turn
-        sampling.world.sample_groups(
-            model, PromptLayout(layout.tokenizer, "toolrl", context=30), data.prepared[:2], sampling
-        )
+        sample_groups(model, PromptLayout(layout.tokenizer, "toolrl", context=30), data.prepared[:2], sampling)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -46,33 +46,30 @@ class World:
         credit = CreditConfig(resolve_credit(config.rest.credit, environment), config.rest.gamma)
         return cls(environment, make_limits(config), credit, config.run.seed)
 
-    def sample_groups(
-        self,
-        model: Any,
-        layout: PromptLayout,
-        prompts: Sequence[Prepared],
-        sampling: Sampling,
-        advance: Callable[[], Any] = lambda: None,
-    ) -> list[SampledGroup]:
-        """Roll out each task, for which a prompt stands, in a group; equal arguments give equal groups.
+    def sample_batch(
+        self, model: Any, layout: PromptLayout, prompts: Sequence[Prepared], sampling: Sampling, seed: int
+    ) -> Iterator[SampledGroup]:
+        """Roll out, in one batch, a group for each task for which a prompt stands."""
+        rows, size = make_rows(EnvironmentData(list(prompts), []), self.seed), sampling.group_size
+        tasks = [(json.loads(row["task"]), int(row["session_seed"])) for row in rows for _ in range(size)]
+        found = sample_rollouts(
+            model, self.environment, layout, self.limits, tasks, max_new_tokens=sampling.max_new_tokens,
+            batch_size=sampling.batch_size, seed=seed,
+        )  # fmt: skip
+        for start in range(0, len(found), size):
+            yield make_group(found[start : start + size], layout, self.credit)
 
-        Raises:
-            UserError: No rollout has a response, or none was scored.
-        """
-        groups, size = [], sampling.group_size
-        per_batch = max(1, sampling.batch_size // size)
-        for first in range(0, len(prompts), per_batch):
-            rows = make_rows(EnvironmentData(list(prompts[first : first + per_batch]), []), self.seed)
-            tasks = [(json.loads(row["task"]), int(row["session_seed"])) for row in rows for _ in range(size)]
-            found = sample_rollouts(
-                model, self.environment, layout, self.limits, tasks, max_new_tokens=sampling.max_new_tokens,
-                batch_size=sampling.batch_size, seed=sampling.seed + first,
-            )  # fmt: skip
-            for start in range(0, len(found), size):
-                groups.append(make_group(found[start : start + size], layout, self.credit))
-                advance()
-        check_groups(groups)
-        return groups
+    def check_groups(self, groups: Sequence[SampledGroup]) -> None:
+        """Raise a UserError if no rollout has a response, or none was scored."""
+        rollouts = [response for group in groups for response in group.responses]
+        first = rollouts[0].rollout
+        if not any(any(response.sampled) for response in rollouts) and first is not None:
+            problem = f"no rollout has a response; the first ended with {first.failure or first.stop!r}"
+            raise UserError(
+                problem, remedy="run rest-rl env check, or lower --max-new-tokens if the context is too short"
+            )
+        if all(math.isnan(response.reward) for response in rollouts):
+            raise UserError("the environment scored no rollout", "a reward", "set env.reward")
 
 
 def make_group(rollouts: Sequence[Trajectory], layout: PromptLayout, credit: CreditConfig) -> SampledGroup:
@@ -110,13 +107,3 @@ def share_prompt(rollouts: Sequence[Trajectory]) -> list[int]:
     """Return the tokens with which all prompts begin; rollouts that did not start have none."""
     prompts = [each.prompt_ids for each in rollouts if each.prompt_ids]
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))]
-
-
-def check_groups(groups: Sequence[SampledGroup]) -> None:
-    rollouts = [response for group in groups for response in group.responses]
-    first = rollouts[0].rollout
-    if not any(any(response.sampled) for response in rollouts) and first is not None:
-        problem = f"no rollout has a response; the first ended with {first.failure or first.stop!r}"
-        raise UserError(problem, remedy="run rest-rl env check, or lower --max-new-tokens if the context is too short")
-    if all(math.isnan(response.reward) for response in rollouts):
-        raise UserError("the environment scored no rollout", "a reward", "set env.reward")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,29 +119,39 @@ def sample_groups(
 ) -> list[SampledGroup]:
     """Sample a group of responses to each prompt, in order; equal arguments give equal groups.
 
-    With `sampling.world`, a prompt stands for a task, and its group has rollouts.
+    With `sampling.world`, a prompt stands for a task, and its group has rollouts; UserError if none has a response, or
+    none was scored.
     """
-    if sampling.world is not None:
-        return sampling.world.sample_groups(model, layout, prompts, sampling, advance)
-    groups, ends = [], eos_token_ids(model, layout.tokenizer)
+    groups: list[SampledGroup] = []
+    sample = sampling.world.sample_batch if sampling.world else sample_batch
     per_batch = max(1, sampling.batch_size // sampling.group_size)
     for first in range(0, len(prompts), per_batch):
-        chunk = prompts[first : first + per_batch]
         # Each batch has its own seed, so a group does not depend on how many prompts follow.
-        ids = generate(
-            model,
-            layout.tokenizer,
-            [prompt.prompt_text for prompt in chunk for _ in range(sampling.group_size)],
-            max_new_tokens=sampling.max_new_tokens,
-            batch_size=sampling.batch_size,
-            seed=sampling.seed + first,
-        )
-        for index, prompt in enumerate(chunk):
-            own = ids[index * sampling.group_size : (index + 1) * sampling.group_size]
-            responses = tuple(tag_and_score(response, prompt.sample.gold, layout, sampling, ends) for response in own)
-            groups.append(SampledGroup(prompt.prompt_ids, responses))
+        for group in sample(model, layout, prompts[first : first + per_batch], sampling, sampling.seed + first):
+            groups.append(group)
             advance()
+    if sampling.world:
+        sampling.world.check_groups(groups)
     return groups
+
+
+def sample_batch(
+    model: Any, layout: PromptLayout, prompts: Sequence[Prepared], sampling: Sampling, seed: int
+) -> Iterator[SampledGroup]:
+    """Sample, in one batch, a group of responses to each prompt."""
+    ends, size = eos_token_ids(model, layout.tokenizer), sampling.group_size
+    ids = generate(
+        model,
+        layout.tokenizer,
+        [prompt.prompt_text for prompt in prompts for _ in range(size)],
+        max_new_tokens=sampling.max_new_tokens,
+        batch_size=sampling.batch_size,
+        seed=seed,
+    )
+    for index, prompt in enumerate(prompts):
+        own = ids[index * size : (index + 1) * size]
+        responses = tuple(tag_and_score(response, prompt.sample.gold, layout, sampling, ends) for response in own)
+        yield SampledGroup(prompt.prompt_ids, responses)
 
 
 def tag_and_score(
