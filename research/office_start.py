@@ -21,6 +21,7 @@ from typing import Any
 
 import rest_rl
 from research.command import run_command
+from rest_rl.cli.terminal import Screen
 from rest_rl.data.office import dialogues
 from rest_rl.data.samples import ToolSample, iterate_samples
 from rest_rl.data.write import sample_writer
@@ -68,7 +69,8 @@ def train_start(out: Path) -> Path:
 def run_sft(out: Path, changes: Mapping[str, Any], settings: Mapping[str, Any]) -> Path:
     base = {"rest.preset": "sft", "rest.format": "hermes", "model.path": "smollm2", "peft.r": 8, "eval.prompts": 0}
     values = {**base, **changes, **{f"trl.{key}": value for key, value in settings.items()}}
-    model = rest_rl.train(out=out, overrides=[f"{key}={json.dumps(value)}" for key, value in values.items()]).model
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    model = rest_rl.train(out=out, overrides=overrides, observer=Screen()).model
     assert model is not None
     return model
 
