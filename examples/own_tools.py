@@ -1,9 +1,7 @@
-"""Three tools of your own, and a small model that learns to use them: a calendar, arithmetic and a table of units.
+"""Three tools of your own, a calendar, arithmetic and a table of units, and a small model that learns to use them.
 
-`rest-rl env check examples/own_tools.py:Assistant` tests the tools; running this file trains SmolLM2 on a CPU.
+It is trained on demonstrations made from the gold calls, until it solves some tasks, and then with rewards.
 """
-
-from __future__ import annotations
 
 import random
 import sqlite3
@@ -16,7 +14,6 @@ TITLES = ("lunch", "call with Ana", "team meeting", "dentist", "review", "train 
 Day = Literal["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"]
 Unit = Literal["meters", "kilometers", "miles", "feet"]
 UNITS = {"meters": 1.0, "kilometers": 1000.0, "miles": 1609.344, "feet": 0.3048}
-OPERATIONS = {"plus": "+", "minus": "-", "times": "*"}
 
 
 class Assistant:
@@ -29,11 +26,11 @@ class Assistant:
     def reset(self, seed: int, **task: str) -> str:
         self._open()
         rng = random.Random(seed)
-        (a, b), word, units = rng.sample(range(12, 100), 2), rng.choice(tuple(OPERATIONS)), rng.sample(tuple(UNITS), 2)
+        (a, b), sign, units = rng.sample(range(12, 100), 2), rng.choice("+-*"), rng.sample(tuple(UNITS), 2)
         event = {"day": rng.choice(get_args(Day)), "title": rng.choice(TITLES)}
         self.wanted, request = rng.choice((
             (("add_event", event), f"Put {event['title']} into my calendar on {event['day']}."),
-            (("calculate", {"a": a, "operation": OPERATIONS[word], "b": b}), f"How much is {a} {word} {b}?"),
+            (("calculate", {"a": a, "operation": sign, "b": b}), f"How much is {a} {sign} {b}?"),
             (("convert", {"amount": a, "unit": units[0], "target": units[1]}), f"Convert {a} {' to '.join(units)}."),
         ))  # fmt: skip
         return request
@@ -71,9 +68,12 @@ class Assistant:
         return [*self.calendar.execute("SELECT day, title FROM events"), *self.results]
 
 
-SETTINGS = ['model.adapter="smollm2-office"', "model.dtype=bfloat16", "peft.r=8", "env.turns=3", "eval.prompts=24",
-            "trl.max_steps=8", "trl.learning_rate=5e-4", "trl.max_completion_length=64"]  # fmt: skip
-
+SFT = ["data.path=runs/demonstrations.jsonl", "rest.preset=sft", "eval.prompts=0", "trl.max_steps=250",
+       "trl.learning_rate=2e-3", "trl.lr_scheduler_type=constant_with_warmup", "trl.per_device_train_batch_size=16",
+       "trl.gradient_accumulation_steps=1"]  # fmt: skip
+RL = ["env.turns=2", "eval.prompts=128", "trl.max_steps=60", "trl.learning_rate=1e-4", "trl.max_completion_length=96"]
 if __name__ == "__main__":
-    screen = Screen(show_every=2)  # prints progress, sample rollouts, and the scores before and after training
-    rest_rl.train(env=Assistant, model="smollm2", out="runs/own-tools", overrides=SETTINGS, observer=screen)
+    screen = Screen(show_every=5)  # prints progress, sample rollouts, and the scores before and after training
+    rest_rl.write_demonstrations(Assistant, "runs/demonstrations.jsonl", number=800)
+    start = rest_rl.train(out="runs/own-tools-sft", overrides=SFT, observer=screen).model
+    rest_rl.train(env=Assistant, model=start, out="runs/own-tools", overrides=RL, observer=screen)

@@ -68,13 +68,13 @@ class ShortCounter(Counter):
 @pytest.mark.parametrize(
     ("options", "limit", "turns"),
     [
-        ({}, 8, 3.5),  # two or three gold calls, and an answer
-        ({}, 3, 3.0),  # no more than the limit
-        ({"has_gold": False}, 8, 8.0),
+        ({}, 8, (3.5, 4)),  # two or three gold calls, and an answer
+        ({}, 3, (3.0, 3)),  # no more than the limit
+        ({"has_gold": False}, 8, (8.0, 8)),
     ],
 )
 def test_turns_follow_from_gold_calls_or_from_the_limit(
-    tables: dict[str, Any], options: dict[str, Any], limit: int, turns: float
+    tables: dict[str, Any], options: dict[str, Any], limit: int, turns: tuple[float, int]
 ) -> None:
     env = {"path": f"{__file__}:ShortCounter", "options": options, "turns": limit}
     tables = {key: value for key, value in tables.items() if key != "data"}

@@ -224,12 +224,12 @@ def test_a_reward_replaces_the_environments_own_but_keeps_its_parts() -> None:
     assert session.state() == {"opened": False}
 
 
-def test_a_task_may_bring_its_gold_calls() -> None:
+def test_a_task_may_bring_its_gold_calls_and_answer() -> None:
     calls = [{"name": "enter", "arguments": {"code": 4}}]
-    session: Any = load_environment(Safe, tasks=[{"prompt": "x", "gold_calls": calls}]).open(
-        {"prompt": "x", "gold_calls": calls}, 4
-    )
+    task = {"prompt": "x", "gold_calls": calls, "gold_answer": "It is open."}
+    session: Any = load_environment(Safe, tasks=[task]).open(task, 4)
     assert session.gold_calls() == calls
+    assert session.gold_answer() == "It is open."
 
 
 # Specifications, OpenEnv and environments

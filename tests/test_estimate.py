@@ -118,6 +118,21 @@ def test_kv_cache_of_sliding_window_and_linear_attention() -> None:
     assert count_cache_bytes(hybrid, 100, 2) == 64 * 100 + 4 * 16 * 8 * 2
 
 
+def test_a_rollout_of_several_turns_holds_all_responses_and_results() -> None:
+    config = run('model.dtype = "float32"\nenv.path = "shop"\nenv.result_tokens = 7\neval.max_new_tokens = 100')
+    guessed = guess(config=config, turns=3)
+    assert guessed.work.max_response == 3 * 100 + 2 * 7
+    update, cache, prefill = (
+        next(each.how for each in guessed.parts if each.name == name) for name in ("activations", "KV cache", "prefill")
+    )
+    # after the longest prompt of 50; the prompt of the last turn lacks its response
+    assert "estimate: 4 x 364 tokens" in update
+    assert "held-out responses at once, 364 tokens each" in cache
+    assert "264 tokens each" in prefill
+    longer = guess(config=run('env.path = "shop"\nenv.result_tokens = 7\neval.max_new_tokens = 1000'), turns=3)
+    assert f"{50 + 3 * 1000 + 2 * 7:,} tokens" in next(each.how for each in longer.parts if each.name == "KV cache")
+
+
 def test_weights_gradients_and_optimizer_states_in_float32() -> None:
     guessed = guess()
     assert guessed.size.base == TINY_PARAMETERS
@@ -236,6 +251,7 @@ def test_a_micro_step_uses_the_head_of_trl() -> None:
             lora,
             count_parameters(tiny(), lora),
             count_work(rl(), [20] * 4),
+            turns=1,
             processes=1,
             sharding="none",
             device=None,

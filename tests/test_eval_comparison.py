@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from itertools import product
+from math import sqrt
+from operator import mul
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
 from rest_rl.errors import UserError
 from rest_rl.evaluate.compare import Change, compare_evaluations, compute_change, write_comparison
+from rest_rl.evaluate.tables import comparison_markdown
 from rest_rl.jsonl import as_json
-from rest_rl.statistics import mcnemar_p_value, paired_difference
+from rest_rl.statistics import clustered_difference, mcnemar_p_value, paired_difference
 
 SUMMARY: dict[str, Any] = {
     "benchmark": "bfcl",
@@ -233,3 +238,57 @@ def test_the_change_is_the_difference_of_the_accuracies(pairs: list[tuple[bool, 
     swapped = compute_change("any", [(new, old) for old, new in pairs])
     assert (swapped.lost, swapped.gained, swapped.base) == (found.gained, found.lost, found.tuned)
     assert isinstance(swapped, Change)
+
+
+attempts = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=3, max_size=3)
+
+
+@given(st.lists(attempts, min_size=2, max_size=8))
+def test_attempts_at_one_task_are_compared_as_one_sample(tasks: list[list[tuple[bool, bool]]]) -> None:
+    pairs = [pair for task in tasks for pair in task]
+    found = compute_change("any", pairs, [str(number) for number, task in enumerate(tasks) for _ in task])
+    sums = [sum(new - old for old, new in task) for task in tasks]
+    means = [total / 3 for total in sums]
+    assert found.clusters == len(tasks)
+    assert found.difference == pytest.approx(sum(means) / len(means))
+    if len(set(means)) > 1:
+        low, high = ttest_1samp(means, 0).confidence_interval()
+        assert (found.low, found.high) == pytest.approx((max(-1, low), min(1, high)))
+    flipped = [abs(sum(map(mul, signs, sums))) for signs in product((-1, 1), repeat=len(sums))]
+    assert found.p == pytest.approx(sum(total >= abs(sum(sums)) for total in flipped) / len(flipped))
+
+
+def test_equal_changes_of_all_tasks_count_as_one_sample_each() -> None:
+    interval, p = clustered_difference([(1, 3)] * 12)
+    # Bonett and Price with 4 gained of 12: p = 1 / 14, q = 5 / 14
+    half = 1.959964 * sqrt((6 / 14 - (4 / 14) ** 2) / 14)
+    assert interval == pytest.approx((1 / 3, 4 / 14 - half, 4 / 14 + half))
+    assert p == pytest.approx(2 / 2**12)
+    assert clustered_difference([(0, 3)] * 12)[1] == 1
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_with_one_attempt_the_test_is_mcnemars(pairs: list[tuple[bool, bool]]) -> None:
+    changes = [new - old for old, new in pairs]
+    p = clustered_difference([(change, 1) for change in changes])[1]
+    assert p == pytest.approx(mcnemar_p_value(changes.count(-1), changes.count(1)))
+
+
+def test_clusters_of_one_sample_change_nothing() -> None:
+    pairs = [(True, False), (False, True), (False, True), (True, True), (False, False)]
+    assert compute_change("any", pairs, list("abcde")) == compute_change("any", pairs)
+
+
+def test_the_field_of_the_clusters_comes_from_the_summary(tmp_path: Path) -> None:
+    def attempts_of(verdicts: str) -> list[dict[str, Any]]:
+        own = [row("simple", number, verdict == "1") for number, verdict in enumerate(verdicts)]
+        return [{**each, "task": str(number // 2)} for number, each in enumerate(own)]
+
+    folders = [
+        write_folder(tmp_path / name, attempts_of(name), cluster_field="task") for name in ("00000001", "11110001")
+    ]
+    comparison = compare_evaluations(*folders)
+    change = comparison.metrics["correct"][-1]
+    assert (change.n, change.clusters, change.difference) == (8, 4, 0.5)
+    assert change.p == 0.5  # two of the four combinations of signs have a total of at least 4
+    assert "sign-flip test over the tasks" in comparison_markdown(comparison.to_json())

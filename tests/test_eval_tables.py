@@ -285,14 +285,14 @@ COMPARISON = {
     "warnings": ["prompt differs: 'training' and 'native'"],
     "metrics": {
         "correct": [
-            {"group": "multi_turn_long_context", "n": 200, "base": 0.1, "tuned": 0.2, "difference": 0.1, "low": 0.05,
-             "high": 0.15, "lost": 2, "gained": 22, "p": 0.00004, "q": 0.00008},
-            {"group": "java", "n": 100, "base": 0.5, "tuned": 0.48, "difference": -0.02, "low": -0.1, "high": 0.06,
-             "lost": 5, "gained": 3, "p": 0.727, "q": 0.727},
-            {"group": "Multi-Turn", "n": 300, "base": 0.3, "tuned": 0.34, "difference": 0.04, "low": 0.01, "high": 0.09,
-             "lost": 7, "gained": 25, "p": None, "q": None},
-            {"group": "all", "n": 300, "base": 0.2, "tuned": 0.29, "difference": 0.06, "low": 0.02, "high": 0.1,
-             "lost": 7, "gained": 25, "p": 0.002, "q": None},
+            {"group": "multi_turn_long_context", "n": 200, "clusters": 200, "base": 0.1, "tuned": 0.2,
+             "difference": 0.1, "low": 0.05, "high": 0.15, "lost": 2, "gained": 22, "p": 0.00004, "q": 0.00008},
+            {"group": "java", "n": 100, "clusters": 100, "base": 0.5, "tuned": 0.48, "difference": -0.02, "low": -0.1,
+             "high": 0.06, "lost": 5, "gained": 3, "p": 0.727, "q": 0.727},
+            {"group": "Multi-Turn", "n": 300, "clusters": 300, "base": 0.3, "tuned": 0.34, "difference": 0.04,
+             "low": 0.01, "high": 0.09, "lost": 7, "gained": 25, "p": None, "q": None},
+            {"group": "all", "n": 300, "clusters": 300, "base": 0.2, "tuned": 0.29, "difference": 0.06, "low": 0.02,
+             "high": 0.1, "lost": 7, "gained": 25, "p": 0.002, "q": None},
         ]
     },
 }  # fmt: skip

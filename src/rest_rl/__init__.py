@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rest_rl.data.load import check_data, load_dataset
     from rest_rl.data.samples import ToolSample
     from rest_rl.data.shapes import RowShape
+    from rest_rl.envs.demonstrate import write_demonstrations
     from rest_rl.envs.load import load_environment
     from rest_rl.envs.session import Environment, Result, ToolSession
     from rest_rl.errors import UserError
@@ -45,6 +46,7 @@ _HOMES = {
     "data.load": ("check_data", "load_dataset"),
     "data.samples": ("ToolSample",),
     "data.shapes": ("RowShape",),
+    "envs.demonstrate": ("write_demonstrations",),
     "envs.load": ("load_environment",),
     "envs.session": ("Environment", "Result", "ToolSession"),
     "errors": ("UserError",),
@@ -113,6 +115,7 @@ __all__ = [
     "stage_credits",
     "tag_regions",
     "train",
+    "write_demonstrations",
 ]
 
 

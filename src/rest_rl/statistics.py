@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scipy.stats import binomtest, false_discovery_control, mannwhitneyu, norm
+import numpy as np
+from scipy.stats import binomtest, false_discovery_control, mannwhitneyu, norm, t
 
 from rest_rl.errors import UserError
 from rest_rl.response import TURNS, Turn
@@ -102,11 +103,39 @@ def paired_difference(lost: int, gained: int, n: int) -> Interval:
     """
     check_counts(lost, n)
     check_counts(gained, n - lost)
-    if n == 0:
-        return Interval(0.0, -1.0, 1.0)
+    return _bonett_price(lost, gained, n) if n else Interval(0.0, -1.0, 1.0)
+
+
+def _bonett_price(lost: float, gained: float, n: int) -> Interval:
     p, q = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
     half = float(norm.ppf(0.5 + CONFIDENCE_LEVEL / 2)) * math.sqrt((p + q - (q - p) ** 2) / (n + 2))
     return Interval((gained - lost) / n, max(-1.0, q - p - half), min(1.0, q - p + half))
+
+
+def clustered_difference(changes: Sequence[tuple[int, int]]) -> tuple[Interval, float]:
+    """Return the difference of two accuracies on the same dependent samples, and the two-sided p-value of a test.
+
+    `changes` has a pair (gained - lost, n) for each of m clusters of dependent samples, such as the attempts at a task.
+    The difference is the ratio of their sums; its variance comes from the deviations of the clusters from it, and t has
+    m - 1 degrees of freedom (Cochran, W. G. (1977), Sampling Techniques, section 6.3). If no cluster deviates, the
+    interval is Bonett and Price's for m samples. The test is the exact sign-flip test: under the null hypothesis, each
+    cluster's change is equally likely to be positive or negative. With clusters of one sample, it is McNemar's.
+    """
+    m, total, n = len(changes), sum(change for change, _ in changes), sum(size for _, size in changes)
+    value, deviations = total / n, sum((change * n - total * size) ** 2 for change, size in changes)
+    if deviations == 0:
+        interval = _bonett_price(m * max(0.0, -value), m * max(0.0, value), m)
+    else:
+        half = float(t.ppf(0.5 + CONFIDENCE_LEVEL / 2, m - 1)) * math.sqrt(deviations * m / (m - 1)) / n**2
+        interval = Interval(value, max(-1.0, value - half), min(1.0, value + half))
+    # The distribution of the total over all signs, from -bound to bound in steps of 1.
+    bound = sum(abs(change) for change, _ in changes)
+    shares = np.zeros(2 * bound + 1)
+    shares[bound] = 1.0
+    for change, _ in changes:
+        shares = (np.roll(shares, change) + np.roll(shares, -change)) / 2
+    p = shares[: bound - abs(total) + 1].sum() + shares[bound + abs(total) :].sum()
+    return interval, min(1.0, float(p))
 
 
 def weighted_mean(parts: Iterable[tuple[float, Interval]]) -> Interval:

@@ -1,4 +1,4 @@
-"""The commands `env`: check an environment before training in it."""
+"""The commands `env`: check an environment, and write demonstrations, before training in it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ examples:
   rest-rl env check shop                        a world that ships
   rest-rl env check my_tools.py:Shop            a class of yours
   rest-rl env check 'mcp:python server.py'      an MCP server
+  rest-rl env demonstrate shop --out demos.jsonl
 """
-group = verb_group(epilog=EPILOG, help="Check an environment: tools that run, over several turns.")
+group = verb_group(epilog=EPILOG, help="Prepare training in an environment: tools that run, over several turns.")
 ENV = typer.Argument(
     metavar="ENV",
     help="a world that ships (shop, bfcl-tasks, tau2-telecom), FILE.py:OBJECT, module:OBJECT or mcp:COMMAND",
 )
+Tasks = Annotated[str, typer.Option(metavar="FILE", help="task rows, for an environment that has none")]
+Reward = Annotated[str, typer.Option(metavar="MODULE:OBJECT", help="a function that scores rollouts")]
+Options = Annotated[str, typer.Option(metavar="JSON", help="options, such as the verify_tool of a server")]
+Seed = Annotated[int, typer.Option(metavar="N", help="seed of the tasks and sessions")]
+Timeout = Annotated[float, typer.Option(metavar="S", help="seconds per call")]
 
 
 def parse_options(text: str) -> dict[str, Any]:
@@ -38,12 +44,12 @@ def parse_options(text: str) -> dict[str, Any]:
 @group.command("check", cls=Verb)
 def check(
     env: Annotated[str, ENV],
-    tasks: Annotated[str, typer.Option(metavar="FILE", help="task rows, for an environment that has none")] = "",
-    reward: Annotated[str, typer.Option(metavar="MODULE:OBJECT", help="a function that scores rollouts")] = "",
-    options: Annotated[str, typer.Option(metavar="JSON", help="options, such as the verify_tool of a server")] = "{}",
+    tasks: Tasks = "",
+    reward: Reward = "",
+    options: Options = "{}",
     n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="tasks per split")] = 20,
-    seed: Annotated[int, typer.Option(metavar="N", help="seed of the tasks and sessions")] = 0,
-    timeout: Annotated[float, typer.Option(metavar="S", help="seconds per call")] = 30.0,
+    seed: Seed = 0,
+    timeout: Timeout = 30.0,
     as_json: AsJson = False,
 ) -> int:
     """Check schemas, seeds, isolation, the end and the rewards with scripted policies; exit with 1 if a check failed.
@@ -74,3 +80,39 @@ def check(
         ]
         screen.show_table("what scripted policies earn", header, rows)
     return int(report.has_failed)
+
+
+@group.command("demonstrate", cls=Verb)
+def demonstrate(
+    env: Annotated[str, ENV],
+    out: Annotated[str, typer.Option("--out", metavar="OUT", help="file to write: NAME.jsonl or NAME.parquet")],
+    tasks: Tasks = "",
+    reward: Reward = "",
+    options: Options = "{}",
+    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="tasks to solve")] = 400,
+    split: Annotated[str, typer.Option(metavar="S", help="split of the tasks (default: the one for training)")] = "",
+    seed: Seed = 0,
+    timeout: Timeout = 30.0,
+) -> None:
+    """Solve tasks with their gold calls, and write the turns as training data for `rest-rl sft`.
+
+    A model that solves no task at all learns nothing from reinforcement learning. Train it on such demonstrations
+    first, until it solves some. Tasks that their gold calls do not solve are left out.
+    """
+    from rich.console import Console
+
+    from rest_rl.cli.terminal import Screen
+    from rest_rl.envs.demonstrate import write_demonstrations
+    from rest_rl.envs.guard import Limits
+    from rest_rl.envs.load import load_environment
+
+    environment = load_environment(env, tasks=tasks or None, reward=reward or None, options=parse_options(options))
+    screen, limits = Screen(Console(stderr=True)), Limits(timeout=timeout)
+    with screen.track(f"solving {env}", n) as advance:
+        written = write_demonstrations(
+            environment, out, number=n, split=split, seed=seed, limits=limits, on_task=advance
+        )
+    if written.failures:
+        screen.say(f"{len(written.failures)} tasks are left out, unsolved by their gold calls: {written.failures[0]}")
+    print(f"wrote {out}: {written.samples} samples from {written.tasks} tasks")
+    print(f"next: rest-rl sft --data {out} --model DIR_OR_ID")

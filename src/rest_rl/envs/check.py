@@ -15,8 +15,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from rest_rl.data.samples import to_message_call
 from rest_rl.envs.guard import Guard, Limits
-from rest_rl.envs.rollout import add_rewards, derive_seed
+from rest_rl.envs.rollout import add_rewards, cut_result, derive_seed, make_result_messages
 from rest_rl.envs.session import Environment, Message, Result, Task
 from rest_rl.response import ToolCall
 from rest_rl.statistics import compute_auc
@@ -48,6 +49,7 @@ class Rollout(NamedTuple):
     success: bool
     failure: str
     seconds: float
+    messages: list[Message]
 
     @property
     def texts(self) -> list[str]:
@@ -84,7 +86,7 @@ def check_environment(
     tasks, findings = _draw_tasks(environment, number, seed)
     found = _Measurements()
     for done, task in enumerate(tasks, 1):
-        _try_task(environment, task, derive_seed(seed, task.get("id")), limits, found)
+        _try_task(environment, task, derive_seed(seed, task.get("id", done - 1)), limits, found)
         on_task(done)
         if len(found.failures) == done >= 3:  # nothing starts: more tasks would only wait for more time limits
             break
@@ -232,7 +234,7 @@ def _try_task(environment: Environment, task: Task, seed: int, limits: Limits, f
         found.has_gold = found.has_gold or bool(gold)
         tries = [random_call(rng, tools) for _ in range(CALLS)] if tools else []
         probe = gold or tries
-        first = _make_calls(guard, probe)
+        first = make_calls(guard, probe)
         found.rollouts["gold" if gold else "random"].append(first)
     _compare_sessions(start, probe, first, identity, found)
     if gold:
@@ -290,12 +292,15 @@ def _try_after_end(
 
 
 def run_calls(guard: Guard, calls: Sequence[ToolCall], earlier: Sequence[Result] = ()) -> Rollout:
-    """Make calls one by one, answer, score the rollout, and close the session."""
+    """Make calls as `make_calls` does, and close the session."""
     with closing(guard):
-        return _make_calls(guard, calls, earlier)
+        return make_calls(guard, calls, earlier)
 
 
-def _make_calls(guard: Guard, calls: Sequence[ToolCall], earlier: Sequence[Result] = ()) -> Rollout:
+def make_calls(
+    guard: Guard, calls: Sequence[ToolCall], earlier: Sequence[Result] = (), answer: str | None = None
+) -> Rollout:
+    """Make calls one by one, answer (by default as gold does after calls), and score the rollout."""
     guard.wait_for_start()
     messages: list[Message] = list(guard.messages)
     results: list[Result] = []
@@ -304,18 +309,16 @@ def _make_calls(guard: Guard, calls: Sequence[ToolCall], earlier: Sequence[Resul
         if guard.failure or guard.done:
             break
         results += guard.start_calls([call])()
-        function = {"name": call.name, "arguments": dict(call.arguments)}
-        messages.append(
-            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-        )
-        messages.append({"role": "tool", "name": call.name, "content": results[-1].text})
+        messages.append({"role": "assistant", "content": "", "tool_calls": [to_message_call(call, id="call_0")]})
+        text = cut_result(results[-1].text, guard.limits.result_tokens, None)
+        messages += make_result_messages([call.name], [text])
     seconds = time.perf_counter() - begin
-    messages.append({"role": "assistant", "content": guard.gold_answer if calls else "done"})
+    messages.append({"role": "assistant", "content": answer or (guard.gold_answer if calls else "done")})
     verdict = guard.verify(messages)
     reward = add_rewards([*(each.reward for each in (*earlier, *results)), verdict.reward if verdict else None])
     parts = verdict.parts if verdict else {}
     success = not guard.failure and parts.get("success", reward or 0.0) >= 1 - 1e-9
-    return Rollout(list(calls[: len(results)]), results, reward, success, guard.failure, seconds)
+    return Rollout(list(calls[: len(results)]), results, reward, success, guard.failure, seconds, messages)
 
 
 def random_call(rng: random.Random, tools: Sequence[Mapping[str, Any]]) -> ToolCall:

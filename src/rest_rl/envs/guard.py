@@ -97,8 +97,9 @@ class Guard:
         self._validators = {tool["function"]["name"]: _make_validator(tool["function"]) for tool in self.tools}
         self.first_state = self._read("state")
         if (gold := self._read("gold_calls")) is not None:
-            self.gold_calls = [ToolCall(call["name"], call["arguments"]) for call in gold]
-        self.gold_answer = self._read("gold_answer") or self.gold_answer
+            self.gold_calls = [_read_gold_call(call) for call in gold]
+        if (answer := self._read("gold_answer")) not in (None, ""):
+            self.gold_answer = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
 
     def start_calls(self, calls: Sequence[ToolCall]) -> Callable[[], list[Result]]:
         """Start the calls of one turn, one after the other unless the session is `parallel`.
@@ -217,6 +218,17 @@ class Guard:
 
     def _refuse(self, kind: str, text: str) -> Result:
         return replace(_error_result(text[:_ERRORS]), error=kind)
+
+
+def _read_gold_call(call: Any) -> ToolCall:
+    name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, Mapping) else (None, None)
+    try:
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        arguments = None
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        raise ValueError(f"gold_calls has {call!r:.100}, expected {{'name': text, 'arguments': object}}")
+    return ToolCall(name, arguments)
 
 
 def _error_result(text: str) -> Result:

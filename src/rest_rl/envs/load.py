@@ -41,7 +41,8 @@ _ACCEPTED = (
     "an OpenEnv factory (`create`), or an object with `environment_factory`, `train_dataset` and `reward_funcs`"
 )
 _HOLD_OUT = 5
-_OWN_FIELDS = ("id", "split", "prompt", "gold_calls")
+_GOLD = ("gold_calls", "gold_answer")
+_OWN_FIELDS = ("id", "split", "prompt", *_GOLD)
 Reward = Callable[[Sequence[Message], Task], Any]
 """Scores a rollout: a number, None for unscored, {"reward": ..., "parts": {...}} or a Result."""
 
@@ -103,17 +104,18 @@ class _Adapted:
 
     def open(self, task: Task, seed: int) -> ToolSession:
         session: Any = self._opener(task, seed)
-        if self._reward or "gold_calls" in task:
+        if self._reward or any(key in task for key in _GOLD):
             session = _TaskSession(session, task, self._reward)
         return session
 
 
-# Adds the user's reward, and the gold calls of the task's row, to a session.
+# Adds the user's reward, and the gold calls and answer of the task's row, to a session.
 class _TaskSession:
     def __init__(self, session: Any, task: Task, reward: Reward | None) -> None:
         self._session, self._task, self._reward = session, task, reward
-        if "gold_calls" in task:
-            self.gold_calls = lambda: task["gold_calls"]
+        for key in _GOLD:
+            if key in task:
+                setattr(self, key, partial(task.get, key))
 
     # The session scores the rollout too: its parts are kept, and it may find that its server has died.
     def verify(self, messages: Sequence[Message]) -> Result:

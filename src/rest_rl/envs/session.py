@@ -60,9 +60,9 @@ class ToolSession(Protocol):
 OPTIONAL_METHODS = {
     "state": "() -> the state as JSON, for reports that show what a rollout changed",
     "state_hash": "() -> a text that is equal for equal states, for credit = 'anchor'",
-    "gold_answer": "() -> the answer after the gold calls, for checks and the oracle",
-    "gold_calls": "() -> the calls that solve the task, a list of {'name', 'arguments'}, for checks and credit = "
-    "'matched'",
+    "gold_answer": "() -> the answer after the gold calls, for checks, demonstrations and the oracle",
+    "gold_calls": "() -> the calls that solve the task, a list of {'name', 'arguments'}, for checks, "
+    "demonstrations and credit = 'matched'",
 }
 
 

@@ -1,8 +1,9 @@
 """`rest-rl eval diff`: compare two evaluations of the same benchmark, sample by sample.
 
 Only samples that both evaluations scored are used, so all differences are paired. Each group is tested for a
-difference, and so are all samples together. Only the groups' p-values are adjusted for multiple testing (q-values).
-Official averages whose categories both evaluations fully scored get a difference with an interval, but no test.
+difference, and so are all samples together. Attempts at one task count as dependent samples. Only the groups' p-values
+are adjusted for multiple testing (q-values). Official averages whose categories both evaluations fully scored get a
+difference with an interval, but no test.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from rest_rl.evaluate.tables import comparison_markdown
 from rest_rl.jsonl import as_json, describe_os_error
 from rest_rl.response import TURNS
 from rest_rl.runlog import read_json_object, replace_file
-from rest_rl.statistics import Interval, mcnemar_p_value, paired_difference, q_values, weighted_mean
+from rest_rl.statistics import (
+    Interval,
+    clustered_difference,
+    mcnemar_p_value,
+    paired_difference,
+    q_values,
+    weighted_mean,
+)
 
 FLIPS = "flips.jsonl"
 ALL_SAMPLES = "all"
@@ -43,6 +51,10 @@ class Evaluation(NamedTuple):
         field = self.summary.get("group_field") or ("level" if "level" in row else "category")
         return group_label(field, row[field])
 
+    def cluster_of(self, identity: str) -> str:
+        # summaries of older versions have no cluster_field
+        return str(self.rows[identity].get(self.summary.get("cluster_field", "id"), identity))
+
     def describe(self) -> Row:
         return {key: self.summary.get(key) for key in ("model", "prompt", "format")} | {"folder": self.folder}
 
@@ -53,6 +65,8 @@ class Change:
 
     `lost` counts samples that only the base model got right, `gained` samples that only the tuned model got right. `p`
     is McNemar's exact p-value (None for averages); for groups, `q` is `p` after the Benjamini-Hochberg adjustment.
+    `clusters` counts tasks (None for averages). If it is less than `n`, because tasks were attempted several times,
+    interval and `p` are those of `clustered_difference`.
     """
 
     group: str
@@ -66,6 +80,7 @@ class Change:
     gained: int
     p: float | None
     q: float | None = None
+    clusters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -165,17 +180,22 @@ def read_evaluation(folder: str | Path) -> Evaluation:
 
 
 def compute_changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> tuple[Change, ...]:
-    members: dict[str, list[tuple[bool, bool]]] = {str(name): [] for name in first.summary.get("groups", {})}
+    members: dict[str, list[str]] = {str(name): [] for name in first.summary.get("groups", {})}
     for identity in ids:
-        pair = first.rows[identity][metric], second.rows[identity][metric]
-        members.setdefault(first.group_of(identity), []).append(pair)
-    groups = [compute_change(name, pairs) for name, pairs in members.items() if pairs]
+        members.setdefault(first.group_of(identity), []).append(identity)
+
+    def change(name: str, own: Sequence[str]) -> Change:
+        pairs = [(first.rows[identity][metric], second.rows[identity][metric]) for identity in own]
+        return compute_change(name, pairs, list(map(first.cluster_of, own)))
+
+    groups = [change(name, own) for name, own in members.items() if own]
     # only the groups form a family of tests; averages and the test over all samples are not adjusted
     q = q_values([group.p for group in groups if group.p is not None])
     groups = [replace(group, q=value) for group, value in zip(groups, q, strict=True)]
     averages = compute_average_changes(first, second, groups) if metric == first.summary["metrics"][0] else []
-    averages += compute_turn_changes(first, second, metric, ids)
-    return (*groups, *averages, compute_change(ALL_SAMPLES, [pair for pairs in members.values() for pair in pairs]))
+    turns = {turn: [identity for identity in ids if first.rows[identity].get("turn") == turn] for turn in TURNS}
+    averages += [change(turn, own) for turn, own in turns.items() if own]
+    return (*groups, *averages, change(ALL_SAMPLES, ids))
 
 
 # The paired intervals of the official averages: an average is sum w_c acc_c over disjoint categories, so its change is
@@ -200,22 +220,26 @@ def compute_average_changes(first: Evaluation, second: Evaluation, groups: Seque
     return found
 
 
-def compute_turn_changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> list[Change]:
-    rows = [(first.rows[identity], second.rows[identity]) for identity in ids]
-    own = {turn: [(a[metric], b[metric]) for a, b in rows if a.get("turn") == turn] for turn in TURNS}
-    return [compute_change(turn, pairs) for turn, pairs in own.items() if pairs]
-
-
 # McNemar's exact test: samples with equal verdicts carry no information about the difference. Under the null hypothesis
 # a flipped sample is lost or gained with probability 1/2, so `lost` is binomial(lost + gained, 1/2); two-sided p.
-def compute_change(group: str, pairs: Sequence[tuple[bool, bool]]) -> Change:
-    """Return the change of a group, given (base, tuned) verdicts; without any, it is 0 with the interval [-1, 1]."""
+def compute_change(group: str, pairs: Sequence[tuple[bool, bool]], clusters: Sequence[str] | None = None) -> Change:
+    """Return the change of a group, given (base, tuned) verdicts; without any, it is 0 with the interval [-1, 1].
+
+    Verdicts with the same value in `clusters` are dependent; None means that all are independent.
+    """
     n, lost = len(pairs), sum(old and not new for old, new in pairs)
     gained = sum(new and not old for old, new in pairs)
     base, tuned = (sum(pair[side] for pair in pairs) / n if n else 0.0 for side in (0, 1))
-    return Change(
-        group, n, base, tuned, *paired_difference(lost, gained, n), lost, gained, mcnemar_p_value(lost, gained)
-    )
+    sums: dict[str, list[int]] = {}
+    for (old, new), cluster in zip(pairs, clusters or map(str, range(n)), strict=True):
+        own = sums.setdefault(cluster, [0, 0])
+        own[0] += new - old
+        own[1] += 1
+    if len(sums) == n:
+        interval, p = paired_difference(lost, gained, n), mcnemar_p_value(lost, gained)
+    else:
+        interval, p = clustered_difference([(change, size) for change, size in sums.values()])
+    return Change(group, n, base, tuned, *interval, lost, gained, p, clusters=len(sums))
 
 
 def find_flips(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> Iterator[Flip]:

@@ -157,7 +157,7 @@ def summarize(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
     if "official" not in extras:
         groups[OVERALL] = score_group(rows, benchmark.metrics, len(benchmark.groups), cluster)
     about = {"benchmark": benchmark.name, "pin": benchmark.pin, "metrics": list(benchmark.metrics)}
-    return {**about, "group_field": benchmark.group_field, "groups": groups, **extras}
+    return {**about, "group_field": benchmark.group_field, "cluster_field": cluster, "groups": groups, **extras}
 
 
 def group_label(field: str, group: str | int) -> str:

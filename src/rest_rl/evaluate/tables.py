@@ -55,6 +55,7 @@ LONG_LEGEND = (
     "Price (2012); lost, gained: samples that only the base model or only the tuned model got right; p: McNemar's "
     "exact test; q: p adjusted over the groups by Benjamini and Hochberg (1995), * if at most 0.05."
 )
+ATTEMPTS_NOTE = "with several attempts at a task: t intervals over the tasks, and p of a sign-flip test over the tasks"
 AVERAGES_NOTE = "official averages: intervals combined from the groups' by MOVER (Zou and Donner, 2008); no test"
 
 
@@ -404,7 +405,7 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
             for group, n, base, tuned, change, interval, lost, gained, p, q in rows
         ]
         notes = [f"warning: {warning}" for warning in comparison.get("warnings", [])]
-        notes += [SHORT_LEGEND, *_averages_note(changes)]
+        notes += [SHORT_LEGEND, *_method_notes(changes)]
         tables.append(TextTable(title, ("", "n", "base", "tuned", "change", "flips", "p"), lines, notes))
     return tables
 
@@ -416,8 +417,11 @@ def _iterate_metrics(comparison: Mapping[str, Any]) -> Iterator[tuple[str, Seque
         yield f"{base} → {tuned}: {comparison.get('pin')}{what}", changes
 
 
-def _averages_note(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [AVERAGES_NOTE] if any(change["n"] and change["p"] is None for change in changes) else []
+def _method_notes(changes: Sequence[Mapping[str, Any]]) -> list[str]:
+    known = [change for change in changes if change["n"]]
+    tested = [change for change in known if change["p"] is not None]
+    notes = [ATTEMPTS_NOTE] if any((change["clusters"] or change["n"]) < change["n"] for change in known) else []
+    return [*notes, AVERAGES_NOTE] if len(tested) < len(known) else notes
 
 
 def _comparison_row(change: Mapping[str, Any]) -> tuple[str, ...]:
@@ -443,6 +447,6 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     notes += [f"**warning**: {warning}" for warning in comparison.get("warnings", [])]
     notes += [
         LONG_LEGEND,
-        *_averages_note([change for changes in comparison["metrics"].values() for change in changes]),
+        *_method_notes([change for changes in comparison["metrics"].values() for change in changes]),
     ]
     return "\n\n".join([*parts, "\n".join(f"- {text}" for text in notes)]) + "\n"

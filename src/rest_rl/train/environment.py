@@ -40,8 +40,8 @@ class EnvironmentData(TrainingData):
     """The tasks of an environment as the data of a run; a sample stands for a task, which its message contains."""
 
     environment: Environment | None = None
-    gold_turns: float | None = None
-    """Mean turns of the gold paths of the first tasks, with one call per turn and an answer; None without gold."""
+    gold_turns: tuple[int, ...] = ()
+    """Turns of the gold paths of the first tasks, with one call per turn and an answer."""
 
     def get_task(self, sample: ToolSample) -> Task:
         """Return the task that a sample stands for."""
@@ -93,8 +93,7 @@ def read_tasks(config: RunConfig, layout: PromptLayout, observer: Observer = SIL
         )
     ]
     observer.say(f"{table.path}: {len(prepared)} tasks for training, {len(held_out)} held out")
-    turns = [min(table.turns, number + 1) for number in gold_calls if number]
-    gold_turns = sum(turns) / len(turns) if turns else None
+    gold_turns = tuple(min(table.turns, number + 1) for number in gold_calls if number)
     return EnvironmentData(prepared, held_out, environment=environment, gold_turns=gold_turns)
 
 

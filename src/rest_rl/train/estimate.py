@@ -4,7 +4,8 @@ Each memory figure is marked *exact*, *bound* or *measured*. Exact figures follo
 gradients, optimizer states, KV cache. The activations of update and prefill have generous bounds, and libraries have a
 flat allowance. On a GPU, the peak of a forward and backward pass over the longest prompt and response can be
 measured and replaces the bound of the update. Images and memory fragmentation are not included. The estimate assumes
-that every expert of a mixture of experts is active, and that `paged_` optimizers stay on the device.
+that every expert of a mixture of experts is active, and that `paged_` optimizers stay on the device. Rollouts count as
+many turns as gold needs, and results as long as responses, so figures of several turns are marked *estimate*.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Workload(NamedTuple):
     samples: int
     median_tokens: int  # of the prompts
     longest_tokens: int
-    max_response: int
+    max_response: int  # of a whole rollout
     prompts: int  # of one generation batch
     responses: int  # of one generation batch
     per_step: int  # responses in one optimizer step
@@ -116,6 +117,7 @@ def estimate_resources(
     lora: Any = None,
     prompt_tokens: Sequence[int] = (),
     samples: int | None = None,
+    turns: int = 1,
     processes: int | None = None,
     sharding: Sharding | None = None,
     device: Device | None = None,
@@ -130,6 +132,7 @@ def estimate_resources(
         lora: the `peft.LoraConfig`, or None for full fine-tuning.
         prompt_tokens: the length of each training prompt; for an `SFTConfig`, of prompt and demonstration together.
         samples: the number of training prompts, if `prompt_tokens` covers only some of them.
+        turns: the responses in a rollout; the memory holds all of them, with results in between.
         processes: the number of processes; by default, the world size in `args`.
         sharding: how processes share the model; by default, as set in `args` or by `accelerate launch`.
         device: the device that the run has to fit (see `find_device`), if known.
@@ -142,10 +145,19 @@ def estimate_resources(
     processes, sharding = processes or int(args.world_size), sharding or find_sharding(args)
     size = count_parameters(model_config, lora, trust_remote_code=config.model.trust_remote_code)
     work = count_work(args, prompt_tokens, processes, samples)
-    model = _MemoryModel(config, model_config, args, lora, size, work, processes, sharding, device)
+    work = work._replace(max_response=count_rollout_tokens(config, work.max_response, turns))
+    model = _MemoryModel(config, model_config, args, lora, size, work, turns, processes, sharding, device)
     can_measure = measure and device and device.is_gpu and sharding == "none" and not config.model.load_in_4bit
     moving = model.measure_activations() if can_measure else model.activation_bound()
     return Estimate(size, work, (*model.states(), moving, *model.generation()), device)
+
+
+def count_rollout_tokens(config: RunConfig, response: int, turns: int) -> int:
+    """Return the longest rollout of `turns` responses of this many tokens, without its prompt.
+
+    Results count as long as responses: their limit, `env.result_tokens`, is often far above their length.
+    """
+    return turns * response + (turns - 1) * min(config.env.result_tokens, response)
 
 
 def find_device(args: Any) -> Device | None:
@@ -226,6 +238,7 @@ class _MemoryModel:
     lora: Any
     size: ParameterCounts
     work: Workload
+    turns: int
     processes: int
     sharding: Sharding
     device: Device | None
@@ -296,7 +309,8 @@ class _MemoryModel:
         fixed = min(rows * length, positions) * tile + (0 if self.lora else 4 * text.vocab_size * text.hidden_size)
         fixed += 2 * self.size.linear if self.value_bytes > self.compute_bytes else 0
         total = rows * (length * token + length**2 * (self.num_masks + self.pair_bytes * stored)) + fixed
-        return MemoryPart("activations", "update", total, f"bound: {self.shape}")
+        how = "bound" if self.turns == 1 else "estimate"
+        return MemoryPart("activations", "update", total, f"{how}: {self.shape}")
 
     # If the pass runs out of memory, the device's whole memory counts, so that the verdict is "does not fit".
     def measure_activations(self) -> MemoryPart:
@@ -345,23 +359,27 @@ class _MemoryModel:
             always, alternatives = ([], [[vllm]]) if sleeps else ([vllm], [])
         elif is_reinforcement(args) and not args.use_vllm:
             together = self.work.responses // self.processes
-            alternatives.append(self.responses(together, self.work.max_response, "responses"))
-        if table.prompts and self.sharding_level < 3 and (data.held_out or data.path in WORLDS):
+            alternatives.append(self.responses(together, args.max_completion_length, "responses"))
+        has_held_out = data.held_out or data.path in WORLDS or self.config.env.path
+        if table.prompts and self.sharding_level < 3 and has_held_out:
             together = min(table.batch_size, table.prompts * table.samples_per_prompt)
             limit = table.max_new_tokens or self.config.max_response_tokens
             alternatives.append(self.responses(together, limit, "held-out responses"))
         return always + max(alternatives, key=lambda parts: sum(part.bytes for part in parts), default=[])
 
-    # The KV cache of responses to the longest prompts, and the prefill, one forward pass over all prompts.
+    # The KV cache of responses to the longest prompts, and the prefill, one forward pass over all prompts. In the last
+    # turn of a rollout, the prompt contains the turns before it.
     def responses(self, together: int, longest: int, what: str) -> list[MemoryPart]:
-        prompt, tokens = self.work.longest_tokens, self.work.longest_tokens + longest
+        tokens = self.work.longest_tokens + count_rollout_tokens(self.config, longest, self.turns)
+        prompt = tokens - longest
         value = (self.value_bytes + self.compute_bytes) // 2  # autocast narrows the values but not the keys
         size, how = together * count_cache_bytes(self.text, tokens, value), f"{together} {what} at once"
         begin = together * (prompt * self.layer_bytes // 2 + prompt**2 * (self.num_masks + self.pair_bytes))
+        exact, bound = ("exact", "bound") if self.turns == 1 else ("estimate", "estimate")
         return [
-            MemoryPart("KV cache", "generation", size, f"exact: {how}, {tokens:,} tokens each"),
+            MemoryPart("KV cache", "generation", size, f"{exact}: {how}, {tokens:,} tokens each"),
             MemoryPart(
-                "prefill", "generation", begin, f"bound: one pass over the prompts of {how}, {prompt:,} tokens each"
+                "prefill", "generation", begin, f"{bound}: one pass over the prompts of {how}, {prompt:,} tokens each"
             ),
         ]
 

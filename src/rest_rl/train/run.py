@@ -308,9 +308,9 @@ def estimate_run(
     """
     plan = make_plan(run, out=out, overrides=overrides, observer=observer, is_dry=True)
     if isinstance(plan.data, EnvironmentData):
-        turns, limit, has_gold = predict_turns(plan), plan.config.env.turns, plan.data.gold_turns is not None
-        why = f"from gold calls, of at most {limit}" if has_gold else "env.turns, because there are no gold calls"
-        observer.say(f"the duration counts {turns:.3g} turns per rollout ({why}), the memory counts one turn")
+        mean, most = predict_turns(plan)
+        why = "as in gold paths" if plan.data.gold_turns else "env.turns, because there are no gold calls"
+        observer.say(f"the duration counts {mean:.3g} turns per rollout, the memory {most} ({why})")
     if plan.config.run.engine != "trl":
         remedy = "use --print-config; docs/cluster.md has notes on memory"
         raise UserError("--dry-run does not support verl", remedy=remedy)
@@ -336,7 +336,7 @@ def predict_plan(plan: RunPlan, work: Workload) -> Duration:
     engine: Any = plan.engine
     tokens, golds = Range(0, 0), plan.render_golds(MAX_COUNTED_PROMPTS)
     if not config.rest.is_supervised:
-        tokens = predict_lengths(golds, layout, work.prompts, work.max_response)
+        tokens = predict_lengths(golds, layout, work.prompts, engine.args.max_completion_length)
     golds = [render_gold(each.sample, layout) for _, each in held_out]
     passes = table.samples_per_prompt + 1 + bool(table.low_temperature)
     interim = work.steps // table.every * min(1, table.interim_prompts / len(held_out)) if table.every else 0
@@ -348,16 +348,17 @@ def predict_plan(plan: RunPlan, work: Workload) -> Duration:
         held_out_tokens=predict_lengths(golds, layout, table.batch_size, response_limit(config, golds, layout)),
         held_out_batches=passes * -(-len(held_out) // table.batch_size),
         evaluations=1 + config.eval.before + interim,
-        turns=predict_turns(plan),
+        turns=predict_turns(plan)[0],
     )
     return predict_duration(measure_costs(config, layout, plan.data, max(1, int(tokens.low))), amounts)
 
 
-def predict_turns(plan: RunPlan) -> float:
-    """Return the turns of a rollout: as many as gold, or the limit if the environment gives no gold calls."""
+def predict_turns(plan: RunPlan) -> tuple[float, int]:
+    """Return the mean and the most turns of a rollout: those of gold, or the limit if there are no gold calls."""
     if isinstance(plan.data, EnvironmentData):
-        return plan.data.gold_turns or plan.config.env.turns
-    return 1.0
+        turns = plan.data.gold_turns or (plan.config.env.turns,)
+        return sum(turns) / len(turns), max(turns)
+    return 1.0, 1
 
 
 # A batch takes as long as its longest response. Of the gold responses to `number` prompts, the longest one is about the
@@ -378,12 +379,13 @@ def estimate_plan(plan: RunPlan, *, measure: bool = False) -> Estimate:
         lora=lora_config(plan.config.peft),
         prompt_tokens=engine.count_tokens(plan.data.prepared[:MAX_COUNTED_PROMPTS]),
         samples=len(plan.data.prepared),
+        turns=predict_turns(plan)[1],
         device=find_device(engine.args),
         measure=measure,
     )
 
 
-# The estimate is an upper bound, so a run that seems too large gets a warning and starts.
+# The estimate is mostly an upper bound, so a run that seems too large gets a warning and starts.
 def warn_about_memory(plan: RunPlan, observer: Observer) -> None:
     try:
         verdict, text = judge_fit(estimate_plan(plan))
