@@ -309,8 +309,7 @@ class _MemoryModel:
         fixed = min(rows * length, positions) * tile + (0 if self.lora else 4 * text.vocab_size * text.hidden_size)
         fixed += 2 * self.size.linear if self.value_bytes > self.compute_bytes else 0
         total = rows * (length * token + length**2 * (self.num_masks + self.pair_bytes * stored)) + fixed
-        how = "bound" if self.turns == 1 else "estimate"
-        return MemoryPart("activations", "update", total, f"{how}: {self.shape}")
+        return MemoryPart("activations", "update", total, f"{self.mark('bound')}: {self.shape}")
 
     # If the pass runs out of memory, the device's whole memory counts, so that the verdict is "does not fit".
     def measure_activations(self) -> MemoryPart:
@@ -375,13 +374,15 @@ class _MemoryModel:
         value = (self.value_bytes + self.compute_bytes) // 2  # autocast narrows the values but not the keys
         size, how = together * count_cache_bytes(self.text, tokens, value), f"{together} {what} at once"
         begin = together * (prompt * self.layer_bytes // 2 + prompt**2 * (self.num_masks + self.pair_bytes))
-        exact, bound = ("exact", "bound") if self.turns == 1 else ("estimate", "estimate")
+        prefill = f"{self.mark('bound')}: one pass over the prompts of {how}, {prompt:,} tokens each"
         return [
-            MemoryPart("KV cache", "generation", size, f"{exact}: {how}, {tokens:,} tokens each"),
-            MemoryPart(
-                "prefill", "generation", begin, f"{bound}: one pass over the prompts of {how}, {prompt:,} tokens each"
-            ),
+            MemoryPart("KV cache", "generation", size, f"{self.mark('exact')}: {how}, {tokens:,} tokens each"),
+            MemoryPart("prefill", "generation", begin, prefill),
         ]
+
+    # The length of a rollout of several turns is a guess, and so is what follows from it.
+    def mark(self, how: Literal["exact", "bound"]) -> str:
+        return how if self.turns == 1 else "estimate"
 
 
 def count_cache_bytes(text: Any, tokens: int, value_bytes: int) -> int:
