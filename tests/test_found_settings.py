@@ -13,7 +13,7 @@ from rest_rl.config import EMBEDDED, RunConfig
 from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.held_out import derive_response_limit
 from rest_rl.runlog import Observer
-from rest_rl.train.request import read_run_source, resolve_run
+from rest_rl.train.request import read_run_source, resolve_run, with_recorded_defaults
 from rest_rl.train.run import RunPlan, make_plan, train
 from rest_rl.train.trl.settings import has_fast_bfloat16, with_machine_defaults, with_whole_groups
 from tests.model_families import family_tokenizer
@@ -46,11 +46,29 @@ def test_bfloat16_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -
         assert with_machine_defaults(run(), heard).trl == {"use_cpu": True, "bf16": is_fast}
         assert len(heard.said) == 1
         # what is set stays, and is not talked about; float16 excludes bfloat16
-        assert with_machine_defaults(run(bf16=not is_fast), heard).trl["bf16"] != is_fast
+        assert with_machine_defaults(run(bf16=False), heard).trl["bf16"] is False
         assert len(heard.said) == 1
         assert with_machine_defaults(run(fp16=True)).trl["bf16"] is False
         assert with_machine_defaults(run(EMBEDDED), heard).trl["bf16"] is False
         assert len(heard.said) == 1
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+def test_a_cpu_without_bfloat16_loads_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    lora = RunConfig.from_tables({"model": {"path": "a-model"}, "peft": {"r": 8}})
+    assert lora.weights_dtype == "bfloat16"
+    found = with_machine_defaults(lora)
+    assert found.weights_dtype == "float32"
+    assert with_recorded_defaults(lora, found).model == found.model  # `--resume` with the same run file
+    # a choice of the user is kept, with a warning
+    heard = Heard()
+    slow = replace(lora, model=replace(lora.model, dtype="bfloat16"), trl={"bf16": True})
+    kept = with_machine_defaults(slow, heard)
+    assert (kept.weights_dtype, kept.trl["bf16"]) == ("bfloat16", True)
+    assert [said.rpartition("use ")[2] for said in heard.said] == ["--set trl.bf16=false", "--set model.dtype=float32"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert with_machine_defaults(lora).weights_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ class ModelTable(Table):
     adapter: str = ""
     """An adapter for the model of `path` to start from: a folder, a hub name, or `smollm2-office` of this package."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the weights; `auto` is float32 for full fine-tuning and bfloat16 with `[peft]`."""
+    """Data type of the weights; `auto` is float32, but bfloat16 with `[peft]` unless the CPU is slow at it."""
     load_in_4bit: bool = False
     """Load frozen 4-bit weights (bitsandbytes, CUDA) and train adapters on them: QLoRA, needs `[peft]`."""
     attn_implementation: str = ""

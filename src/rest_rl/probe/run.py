@@ -42,6 +42,7 @@ from rest_rl.train.environment import EnvironmentData, read_tasks, with_turn_wei
 from rest_rl.train.policy import load_policy, load_policy_tokenizer, policy_context_length
 from rest_rl.train.prompts import TrainingData, read_data, render_gold
 from rest_rl.train.request import read_run_source
+from rest_rl.train.trl.settings import with_machine_defaults
 from rest_rl.weights import WeightRule
 
 JSON_FILE, PAGE_FILE = "probe.json", "probe.md"
@@ -301,7 +302,7 @@ def resolve_prompts_per_step(config: RunConfig, requested: int | None, num_promp
 
 def load_model(config: RunConfig, observer: Observer) -> Any:
     with observer.track("loading"):
-        model, _ = load_policy(replace(config.model, dtype=config.weights_dtype))
+        model, _ = load_policy(replace(config.model, dtype=with_machine_defaults(config).weights_dtype))
         return model.to(torch.accelerator.current_accelerator() or "cpu")
 
 

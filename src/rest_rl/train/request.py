@@ -176,8 +176,9 @@ def resolve_resumed_run(requested: RunConfig) -> RunConfig:
     return lengthen_run(recorded, {key: requested.trl[key] for key in LENGTH_KEYS if key in requested.trl})
 
 
-# `train` records more than the user wrote: the model's folder, the detected format, the settings that it found, the
-# response limit that a 0 stands for, and the progress length of a lengthened run. The request gets the same values.
+# `train` records more than the user wrote: the model's folder and data type, the detected format, the settings that it
+# found, the response limit that a 0 stands for, and the progress length of a lengthened run. The request gets the same
+# values.
 def with_recorded_defaults(requested: RunConfig, recorded: RunConfig) -> RunConfig:
     requested = with_model_dir(requested) if Path(requested.model.path).expanduser().is_dir() else requested
     filled = {key: recorded.trl[key] for key in FOUND_KEYS if key in recorded.trl}
@@ -187,7 +188,10 @@ def with_recorded_defaults(requested: RunConfig, recorded: RunConfig) -> RunConf
     rest = replace(requested.rest, progress_steps=requested.rest.progress_steps or recorded.rest.progress_steps)
     if rest.format == AUTO:
         rest = replace(rest, format=recorded.rest.format)
-    return replace(requested, rest=rest, trl={**filled, **given})
+    model = requested.model
+    if model.dtype == AUTO:
+        model = replace(model, dtype=recorded.model.dtype)
+    return replace(requested, model=model, rest=rest, trl={**filled, **given})
 
 
 def find_changed_keys(requested: RunConfig, recorded: RunConfig) -> dict[str, tuple[Any, Any]]:

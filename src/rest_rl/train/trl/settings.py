@@ -14,7 +14,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig, SFTConfig
 
-from rest_rl.config import RunConfig, unknown_key_error, validate_value
+from rest_rl.config import AUTO, RunConfig, unknown_key_error, validate_value
 from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS, SILENT, Observer
 from rest_rl.train.named_models import SMALL_MODELS
@@ -38,15 +38,28 @@ OPTIONAL_PACKAGES = {
 
 
 def with_machine_defaults(config: RunConfig, observer: Observer = SILENT) -> RunConfig:
-    """Return the run with `trl.use_cpu` and `trl.bf16` set, if they are not, on a machine without an accelerator."""
+    """Return the run with `trl.use_cpu`, `trl.bf16` and `model.dtype` set, if they are not, for training on a CPU.
+
+    On a machine with an accelerator, the run stays as it is.
+    """
     if torch.accelerator.is_available():
         return config
     is_embedded = config.model.path in SMALL_MODELS  # too small to gain from bfloat16
-    is_fast = has_fast_bfloat16() and not config.trl.get("fp16") and not is_embedded
+    has_fast = has_fast_bfloat16()
+    is_fast = has_fast and not config.trl.get("fp16") and not is_embedded
     if "bf16" not in config.trl and not is_embedded:
-        why = "multiplies bfloat16 fast" if is_fast else "has no fast bfloat16 arithmetic"
+        why = "multiplies bfloat16 fast" if has_fast else "has no fast bfloat16 arithmetic"
         observer.say(f"no GPU: training on the CPU, trl.bf16 = {str(is_fast).lower()}, because it {why}")
-    return dataclasses.replace(config, trl={"use_cpu": True, "bf16": is_fast, **config.trl})
+    model = config.model
+    if not has_fast:
+        if model.dtype == AUTO and config.peft:
+            model = dataclasses.replace(model, dtype="float32")
+        problem = "selects bfloat16, which this CPU multiplies many times slower than float32"
+        if config.trl.get("bf16"):
+            observer.say(f"trl.bf16 {problem}; use --set trl.bf16=false")
+        if model.dtype == "bfloat16":
+            observer.say(f"model.dtype {problem}; use --set model.dtype=float32")
+    return dataclasses.replace(config, model=model, trl={"use_cpu": True, "bf16": is_fast, **config.trl})
 
 
 def has_fast_bfloat16() -> bool:
