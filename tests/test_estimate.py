@@ -62,6 +62,7 @@ def rl(**changes: Any) -> ResTConfig:
         "bf16": False,
         "use_cpu": True,
         "gradient_checkpointing": False,
+        "share_prompts": False,
     }
     return ResTConfig(output_dir="unused", report_to=[], **{**settings, **changes})
 
@@ -201,6 +202,29 @@ def test_checkpointing_shrinks_the_bound_of_activations() -> None:
     pairs = 4 * (50 + 100) ** 2
     saved = tokens * layer + pairs * 4
     assert part(plain, "activations") - part(checkpointed, "activations") == saved
+
+
+def test_shared_prompts_count_once_per_group() -> None:
+    shared = guess(rl(share_prompts=True))
+    # 4 responses of 100 tokens to one prompt of 50 have the tokens of 3 prompts with a response, and one row more pairs
+    three = guess(rl(per_device_train_batch_size=3, num_generations=3))
+    assert part(shared, "activations") - part(three, "activations") == 150**2 * (1 + 2 * 4)
+    assert 4 * part(shared, "prefill") == part(guess(), "prefill")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": run('model.attn_implementation = "eager"')},
+        {"sharding": "zero1"},
+        {"model": tiny(attention_dropout=0.1)},
+        {"model": tiny(use_sliding_window=True, sliding_window=16, max_window_layers=0, layer_types=None)},
+        {"lora": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)},
+    ],
+)
+def test_prompts_that_cannot_be_shared_count_once_per_response(changes: dict[str, Any]) -> None:
+    shared, apart = (guess(rl(share_prompts=shares), **changes) for shares in (True, False))
+    assert [shared.parts, shared.work] == [apart.parts, apart.work]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ gradients, optimizer states, KV cache. The activations of update and prefill hav
 flat allowance. On a GPU, the peak of a forward and backward pass over the longest prompt and response can be
 measured and replaces the bound of the update. Images and memory fragmentation are not included. The estimate assumes
 that every expert of a mixture of experts is active, and that `paged_` optimizers stay on the device. Rollouts count as
-many turns as gold needs, and results as long as responses, so figures of several turns are marked *estimate*.
+many turns as gold needs, and results as long as responses, so figures of several turns are marked *estimate*. Prompts
+that the trainer shares within groups count once per group in the bounds; a measured pass does not share them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from trl.trainer.utils import add_fused_lm_head
 from rest_rl.config import WORLDS, RunConfig
 from rest_rl.errors import UserError
 from rest_rl.train.duration import Duration
+from rest_rl.train.trl.shared_prompts import find_model_obstacle
 
 GIB = 2**30
 Sharding = Literal["none", "zero1", "zero2", "zero3", "fsdp"]
@@ -251,6 +253,7 @@ class _MemoryModel:
         checkpointing = "with checkpointing" if args.gradient_checkpointing else "without checkpointing"
         rows, length = self.micro_batch
         self.shape = f"{rows} x {length:,} tokens, longest prompt and response, {checkpointing}"
+        self.copies = args.num_generations if self.shares_prompts() else 1  # responses that share one prompt
         loaded, self.is_mixed = 4 if self.config.weights_dtype == "float32" else 2, bool(args.bf16 or args.fp16)
         # DeepSpeed trains 16-bit weights, with float32 copies in the optimizer; FSDP with accelerate trains float32.
         self.is_deepspeed = self.is_mixed and self.sharding.startswith("zero")
@@ -267,6 +270,19 @@ class _MemoryModel:
         self.layer_bytes = self.compute_bytes * values
         self.num_masks, self.pair_bytes = (0, 0) if "flash" in kind else (1, self.compute_bytes)
         self.pair_bytes += (2 * self.compute_bytes + 4) * heads if kind == "eager" else 0
+
+    # Only as far as settings and configuration tell: the trainer tries the model as well (`shared_prompts`).
+    def shares_prompts(self) -> bool:
+        args, dropout = self.args, [getattr(self.text, "attention_dropout", 0), getattr(self.lora, "lora_dropout", 0)]
+        return (
+            getattr(args, "share_prompts", False)
+            and self.text is self.model_config  # no images
+            and find_model_obstacle(self.text) is None
+            and self.config.model.attn_implementation in ("", "sdpa")
+            and self.sharding == "none"
+            and not args.torch_compile
+            and not (any(dropout) and not args.disable_dropout)
+        )
 
     # Determined by the settings: weights, optimizer states, gradients, reference model, allowance.
     def states(self) -> list[MemoryPart]:
@@ -300,16 +316,18 @@ class _MemoryModel:
     # sharding autocast's 16-bit copies of the weights.
     def activation_bound(self) -> MemoryPart:
         text, (rows, length) = self.text, self.micro_batch
+        tokens = math.ceil(rows / self.copies) * self.work.longest_tokens + rows * self.work.max_response
         stored = 1 if self.args.gradient_checkpointing else text.num_hidden_layers
         inputs = text.num_hidden_layers * text.hidden_size * self.value_bytes
         token = self.layer_bytes * (2 * stored + 1) // 2 + inputs + 8 * text.hidden_size
         # One buffer of a tile; without the GPU kernel eight more float32 copies of its logits.
         positions, vocabulary = FUSED_HEAD_TILE
         tile = 4 * vocabulary + (0 if self.is_gpu else 32 * min(text.vocab_size, vocabulary))
-        fixed = min(rows * length, positions) * tile + (0 if self.lora else 4 * text.vocab_size * text.hidden_size)
+        fixed = min(tokens, positions) * tile + (0 if self.lora else 4 * text.vocab_size * text.hidden_size)
         fixed += 2 * self.size.linear if self.value_bytes > self.compute_bytes else 0
-        total = rows * (length * token + length**2 * (self.num_masks + self.pair_bytes * stored)) + fixed
-        return MemoryPart("activations", "update", total, f"{self.mark('bound')}: {self.shape}")
+        total = tokens * token + rows * length**2 * (self.num_masks + self.pair_bytes * stored) + fixed
+        how = f", each prompt once for {self.copies} responses" if self.copies > 1 else ""
+        return MemoryPart("activations", "update", total, f"{self.mark('bound')}: {self.shape}{how}")
 
     # If the pass runs out of memory, the device's whole memory counts, so that the verdict is "does not fit".
     def measure_activations(self) -> MemoryPart:
@@ -358,7 +376,7 @@ class _MemoryModel:
             always, alternatives = ([], [[vllm]]) if sleeps else ([vllm], [])
         elif is_reinforcement(args) and not args.use_vllm:
             together = self.work.responses // self.processes
-            alternatives.append(self.responses(together, args.max_completion_length, "responses"))
+            alternatives.append(self.responses(together, args.max_completion_length, "responses", self.copies))
         has_held_out = data.held_out or data.path in WORLDS or self.config.env.path
         if table.prompts and self.sharding_level < 3 and has_held_out:
             together = min(table.batch_size, table.prompts * table.samples_per_prompt)
@@ -368,13 +386,15 @@ class _MemoryModel:
 
     # The KV cache of responses to the longest prompts, and the prefill, one forward pass over all prompts. In the last
     # turn of a rollout, the prompt contains the turns before it.
-    def responses(self, together: int, longest: int, what: str) -> list[MemoryPart]:
+    def responses(self, together: int, longest: int, what: str, copies: int = 1) -> list[MemoryPart]:
         tokens = self.work.longest_tokens + count_rollout_tokens(self.config, longest, self.turns)
         prompt = tokens - longest
         value = (self.value_bytes + self.compute_bytes) // 2  # autocast narrows the values but not the keys
         size, how = together * count_cache_bytes(self.text, tokens, value), f"{together} {what} at once"
-        begin = together * (prompt * self.layer_bytes // 2 + prompt**2 * (self.num_masks + self.pair_bytes))
-        prefill = f"{self.mark('bound')}: one pass over the prompts of {how}, {prompt:,} tokens each"
+        begin = prompt * self.layer_bytes // 2 + prompt**2 * (self.num_masks + self.pair_bytes)
+        begin *= math.ceil(together / copies)
+        prompts = f"the prompts of {how}" + (f", each once for {copies}" if copies > 1 else "")
+        prefill = f"{self.mark('bound')}: one pass over {prompts}, {prompt:,} tokens each"
         return [
             MemoryPart("KV cache", "generation", size, f"{self.mark('exact')}: {how}, {tokens:,} tokens each"),
             MemoryPart("prefill", "generation", begin, prefill),

@@ -436,22 +436,30 @@ def find_obstacle(trainer: GRPOTrainer) -> str | None:
     """Return why prompts cannot be shared in this run, as far as settings and configuration tell; None if they can."""
     args, model = cast(Any, trainer.args), trainer.accelerator.unwrap_model(trainer.model)
     config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
     adapters = getattr(model, "peft_config", {}).values()
     dropout = [m.p for m in model.modules() if isinstance(m, nn.Dropout)] + [getattr(config, "attention_dropout", 0.0)]
     obstacles = {
         "this version of TRL is unknown": not _is_known_trl(),
         "the model takes images": trainer._is_vlm,  # noqa: SLF001
-        f"the model has {', '.join(sorted(layers - {'full_attention'}))} layers": layers != {"full_attention"},
-        f"the model has a sliding window of {window} tokens": window is not None,
-        "the model caps attention logits": getattr(config, "attn_logit_softcapping", None) is not None,
+        find_model_obstacle(config): find_model_obstacle(config) is not None,
         "the loss of the expert router counts every token": trainer.aux_loss_enabled,
         f"attention is {model.config._attn_implementation}, not sdpa": model.config._attn_implementation != "sdpa",  # noqa: SLF001
         "the adapter is not LoRA": any(adapter.is_prompt_learning for adapter in adapters),
         "dropout is on (trl.disable_dropout = true turns it off)": any(dropout),
         "torch.compile is on": args.torch_compile,
         "the model is sharded": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)
+
+
+def find_model_obstacle(config: Any) -> str | None:
+    """Return what in a text model's configuration keeps prompts from being shared; None if nothing does."""
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+    obstacles = {
+        f"the model has {', '.join(sorted(layers - {'full_attention'}))} layers": layers != {"full_attention"},
+        f"the model has a sliding window of {window} tokens": window is not None,
+        "the model caps attention logits": getattr(config, "attn_logit_softcapping", None) is not None,
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)
 
