@@ -412,6 +412,9 @@ def test_a_run_is_finished_after_its_second_evaluation() -> None:
     assert is_finished({"steps": 3})
     assert not is_finished({"steps": 3, "before": {}})
     assert not is_finished({"before": {}})
+    # with `eval.before = false`, only the status tells a run that was killed in its evaluation from one without any
+    assert not is_finished({"steps": 3, "status": "evaluating"})
+    assert is_finished({"steps": 3, "status": "finished"})
 
 
 @pytest.fixture(scope="module")

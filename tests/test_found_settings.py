@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,3 +160,31 @@ def test_the_embedded_run_sets_everything_itself() -> None:
     heard, config = Heard(), read_run_source(None, ())
     assert make_plan(config, is_dry=True, observer=heard).config.trl == config.trl
     assert not any("trl." in line for line in heard.said)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_freed_memory_is_kept() -> None:
+    # 100 MB, allocated and freed three times: page faults as in the first pass, or hardly any
+    script = """
+import resource, sys
+import torch
+from rest_rl.train.policy import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+
+def count_page_faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.empty(25_000_000).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(count_page_faults(1), count_page_faults(3))
+"""
+    faults: list[list[int]] = []
+    for how in ("usual", "kept"):
+        output = subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout
+        faults.append([int(number) for number in output.split()])
+    (first, again), (first_kept, again_kept) = faults
+    assert again > 2 * first
+    assert again_kept < first_kept / 10

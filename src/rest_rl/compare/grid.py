@@ -327,5 +327,7 @@ def read_text(path: str | Path) -> str:
 
 
 def is_finished(summary: Mapping[str, Any]) -> bool:
-    """Return whether a run has all its steps and, if it was evaluated before training, also the evaluation after it."""
-    return "steps" in summary and ("after" in summary or "before" not in summary)
+    """Return whether a run has all its steps and the evaluation after them, if its settings ask for one."""
+    if "status" in summary:
+        return summary["status"] == "finished"
+    return "steps" in summary and ("after" in summary or "before" not in summary)  # a run of an older version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -33,6 +34,8 @@ from rest_rl.train.named_models import find_moved_base, locate_model
 ADAPTER_CONFIG = "adapter_config.json"
 # Types of rotary embeddings whose `factor` extends the configured number of positions.
 SCALED_ROPE_TYPES = ("yarn", "linear", "dynamic")
+# Parameters of glibc's `mallopt`.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def silence_transformers() -> None:
@@ -57,12 +60,28 @@ def quiet_transformers() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
+def keep_freed_memory() -> bool:
+    """Make this process keep freed memory for reuse, if its C library is glibc; return whether it does.
+
+    On a CPU, generation allocates and frees keys and values of up to 100 MB in every layer for every token. By default,
+    glibc returns blocks of more than 32 MB to the system, which clears their pages each time they are allocated again:
+    that can take several times as long as the attention itself.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library or system
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
 def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """Load a model and its tokenizer; UserError if either cannot be read.
 
     If `config.path` is an adapter, its base model is loaded too. With `peft` (the run's `[peft]`) the adapter stays
     separate and trainable; without it, the adapter is merged into the model, for training all weights.
     """
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     tokenizer = load_policy_tokenizer(config)
     path, adapter = resolve_adapter(config)
     dtype = torch.float32 if config.dtype == AUTO else getattr(torch, config.dtype)

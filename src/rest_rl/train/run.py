@@ -163,8 +163,9 @@ def execute(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observ
         observer.say(f"stopped after step {reached.step}; to continue: rest-rl train --resume --out {folder}")
     else:
         engine.save_model()
-        log.update_summary(steps=reached.step, preset=config.rest.preset, seed=config.run.seed)
+        log.update_summary(steps=reached.step, preset=config.rest.preset, seed=config.run.seed, status="evaluating")
         held_out.measure("after")
+        log.update_summary(status="finished")
         if log.enabled:
             write_plots(log, observer)
     summary, table = log.read_summary(), parse_toml(config.to_toml(), "the run")
