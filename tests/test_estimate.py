@@ -210,6 +210,8 @@ def test_shared_prompts_count_once_per_group() -> None:
     three = guess(rl(per_device_train_batch_size=3, num_generations=3))
     assert part(shared, "activations") - part(three, "activations") == 150**2 * (1 + 2 * 4)
     assert 4 * part(shared, "prefill") == part(guess(), "prefill")
+    # the prompts of a second turn differ within a group
+    assert part(guess(rl(share_prompts=True), turns=2), "prefill") == part(guess(turns=2), "prefill")
 
 
 @pytest.mark.parametrize(

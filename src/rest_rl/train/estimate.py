@@ -376,7 +376,8 @@ class _MemoryModel:
             always, alternatives = ([], [[vllm]]) if sleeps else ([vllm], [])
         elif is_reinforcement(args) and not args.use_vllm:
             together = self.work.responses // self.processes
-            alternatives.append(self.responses(together, args.max_completion_length, "responses", self.copies))
+            copies = self.copies if self.turns == 1 else 1  # the prompts of later turns contain earlier responses
+            alternatives.append(self.responses(together, args.max_completion_length, "responses", copies))
         has_held_out = data.held_out or data.path in WORLDS or self.config.env.path
         if table.prompts and self.sharding_level < 3 and has_held_out:
             together = min(table.batch_size, table.prompts * table.samples_per_prompt)
