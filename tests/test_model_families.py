@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -166,15 +167,15 @@ def test_lora_trains_resumes_and_goes_on_into_reinforcement_learning(
 def test_a_run_killed_after_its_last_step_keeps_its_adapter(
     folders: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    first, second = tmp_path / "first", tmp_path / "second"
     command = ["--model", str(folders["qwen3"]), "--data", str(data), "--lora", "2", *options(RL)]
-    assert main(["train", *command, "--out", str(run)]) == 0
-    weights = (run / "model" / "adapter_model.safetensors").read_bytes()
-    for path in (run / "model").iterdir():
-        path.unlink()
-    (run / "model").rmdir()
-    assert main(["train", "--resume", "--out", str(run)]) == 0
-    assert (run / "model" / "adapter_model.safetensors").read_bytes() == weights
+    # the second run starts from the first one's adapter
+    for run, start in ((first, []), (second, ["--set", f"model.adapter={first / 'model'}"])):
+        assert main(["train", *command, *start, "--out", str(run)]) == 0
+        weights = (run / "model" / "adapter_model.safetensors").read_bytes()
+        shutil.rmtree(run / "model")
+        assert main(["train", "--resume", "--out", str(run)]) == 0
+        assert (run / "model" / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_another_format_than_the_template_s_is_described_in_words(samples: list[ToolSample]) -> None:

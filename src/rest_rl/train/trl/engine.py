@@ -103,7 +103,7 @@ class TrlEngine:
         self._check_reference_model()
         table = replace(self.config.model, dtype=self.config.weights_dtype)
         if checkpoint.is_last:  # killed after its last step: save and evaluate its model
-            table = replace(table, path=str(checkpoint.folder))
+            table = replace(table, path=str(checkpoint.folder), adapter="")
         with self.observer.track("loading the model"):
             self.model, _ = load_policy(table, self.config.peft)
         return checkpoint
