@@ -436,12 +436,13 @@ def find_obstacle(trainer: GRPOTrainer) -> str | None:
     """Return why prompts cannot be shared in this run, as far as settings and configuration tell; None if they can."""
     args, model = cast(Any, trainer.args), trainer.accelerator.unwrap_model(trainer.model)
     config = model.config.get_text_config()
+    obstacle = find_model_obstacle(config)
     adapters = getattr(model, "peft_config", {}).values()
     dropout = [m.p for m in model.modules() if isinstance(m, nn.Dropout)] + [getattr(config, "attention_dropout", 0.0)]
     obstacles = {
         "this version of TRL is unknown": not _is_known_trl(),
         "the model takes images": trainer._is_vlm,  # noqa: SLF001
-        find_model_obstacle(config): find_model_obstacle(config) is not None,
+        str(obstacle): obstacle is not None,
         "the loss of the expert router counts every token": trainer.aux_loss_enabled,
         f"attention is {model.config._attn_implementation}, not sdpa": model.config._attn_implementation != "sdpa",  # noqa: SLF001
         "the adapter is not LoRA": any(adapter.is_prompt_learning for adapter in adapters),
