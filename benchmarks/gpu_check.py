@@ -45,9 +45,9 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from rest_rl.evaluate.shared_attention import ATTENTION, Segment, attend
 from rest_rl.runlog import read_run
 from rest_rl.train.policy import quiet_transformers
-from rest_rl.train.trl.shared_prompts import ATTENTION, Segment, attend
 from tests.architectures import published_config
 from tests.test_shared_prompts import distance, make_trainer, ragged_batch, random_llama
 from tests.tiny_policy import tiny_tokenizer

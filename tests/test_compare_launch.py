@@ -193,7 +193,11 @@ with lock_run_folder(folder):
 
 def test_the_slot_of_a_process(tmp_path: Path) -> None:
     launch = Launch(2, gpus=("0", "1"))
-    with subprocess.Popen(["sleep", "60"], env={GPUS: "1"}) as process:
+    # The first line shows that the program runs: just after a start, a process has no environment yet.
+    program = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
+    with subprocess.Popen(program, env={GPUS: "1"}, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
         assert launch.find_slot(f"process {process.pid} on {socket.gethostname()}") == 1
         assert launch.find_slot(f"process {process.pid} on elsewhere") is None
         assert Launch(2).find_slot(f"process {process.pid} on {socket.gethostname()}") is None

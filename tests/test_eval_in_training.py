@@ -25,6 +25,7 @@ from rest_rl.cli.app import main
 from rest_rl.config import EvalTable, RunConfig, read_asset
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.tool_world import SPLITS, tool_world
+from rest_rl.evaluate import held_out, shared_attention
 from rest_rl.evaluate.generate import EntropyMeter, decoding_steps, generate
 from rest_rl.evaluate.held_out import HeldOutPrompt, evaluate_held_out, response_limit, select_interim_prompts
 from rest_rl.formats import get_format
@@ -391,15 +392,25 @@ class Steps(Observer):
         self.marks.append((total or 0, "total"))
 
 
-def test_the_low_temperature_adds_a_pass_and_changes_no_other_score() -> None:
+@pytest.mark.parametrize("shares", [False, True])
+def test_the_low_temperature_adds_a_pass_and_changes_no_other_score(
+    monkeypatch: pytest.MonkeyPatch, shares: bool
+) -> None:
+    if not shares:
+        for module in (held_out, shared_attention):
+            monkeypatch.setattr(module, "can_share", lambda model: False)
     (whole, steps), (without, fewer) = evaluate_tiny(), evaluate_tiny(low_temperature=0.0)
     low = whole.pop("low_temperature")
     assert whole == without
     assert low["temperature"] == 0.2
     assert low.keys() - {"temperature"} == whole["greedy"].keys()
-    # batches of limits 20-35 and 40-45: 35 + 45 steps for each pass
-    assert steps[-2:] == [(240, "low temperature"), (240, "total")]
-    assert fewer[-2:] == [(160, "greedy"), (160, "total")]
+    # batches of limits 20-35 and 40-45: 35 + 45 steps for each pass, or for all together
+    if shares:
+        assert steps[-2:] == [(80, "sampled, greedy, low temperature"), (80, "total")]
+        assert fewer[-2:] == [(80, "sampled, greedy"), (80, "total")]
+    else:
+        assert steps[-2:] == [(240, "low temperature"), (240, "total")]
+        assert fewer[-2:] == [(160, "greedy"), (160, "total")]
     # almost at temperature 0 sampling is greedy
     cold = evaluate_tiny(low_temperature=1e-4)[0]
     assert {**cold["greedy"], "temperature": 1e-4} == cold["low_temperature"]

@@ -59,7 +59,7 @@ def test_a_reply_is_the_greedy_text_without_its_end(tiny) -> None:
     request = asked("do it")
     reply = LocalModel(model, layout, batch_size=4, max_new_tokens=60).respond([request])[0]
     ids = generate(
-        model, layout.tokenizer, [layout.render(request.sample)], max_new_tokens=60, batch_size=1, greedy=True
+        model, layout.tokenizer, [layout.render(request.sample)], max_new_tokens=60, batch_size=1, temperature=0
     )[0]
     assert ids[-1] == layout.tokenizer.eos_token_id
     assert reply == Reply(

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import attend_varlen, compare_with_stock, gather_paths, is_equal
-from rest_rl.train.trl.shared_prompts import Segment, attend
+from rest_rl.evaluate.shared_attention import Segment, attend
 from tests.test_shared_prompts import SIZES, make_trainer, random_llama
 from tests.tiny_policy import tiny_tokenizer
 

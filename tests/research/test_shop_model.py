@@ -168,7 +168,7 @@ def test_the_shipped_model_solves_some_tasks_and_leaves_room() -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
     def respond(prompts: Any, is_first: bool) -> Generated:
-        return Generated(generate(model, tokenizer, prompts, max_new_tokens=64, batch_size=64, greedy=True))
+        return Generated(generate(model, tokenizer, prompts, max_new_tokens=64, batch_size=64, temperature=0))
 
     trajectories = roll_out(tokenizer, list(islice(tasks(8, "unseen_values"), 64)), respond)
     share = sum(trajectory.has_succeeded for trajectory in trajectories) / 64

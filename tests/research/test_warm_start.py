@@ -158,7 +158,7 @@ def test_the_shipped_model_calls_unseen_tools() -> None:
     assert (model.generation_config.eos_token_id, model.dtype) == (tokenizer.eos_token_id, torch.float32)
     samples = list(islice(tool_world(8, 64, "unseen_tools"), 64))
     prompts = [PromptLayout(tokenizer).render(sample) for sample in samples]
-    responses = generate(model, tokenizer, prompts, max_new_tokens=80, batch_size=64, greedy=True)
+    responses = generate(model, tokenizer, prompts, max_new_tokens=80, batch_size=64, temperature=0)
     tool_format = get_format("toolrl")
     right = [
         exact_match(tool_format.parse(decode_ids(ids, tokenizer, tool_format.tags)), sample.gold)

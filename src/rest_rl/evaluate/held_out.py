@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from rest_rl.config import EvalTable, RunConfig
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
-from rest_rl.evaluate.generate import EntropyMeter, decoding_steps, eos_token_ids, generate, has_ended
+from rest_rl.evaluate.generate import Draw, EntropyMeter, decoding_steps, eos_token_ids, generate_draws, has_ended
+from rest_rl.evaluate.shared_attention import can_share
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import decode_ids
 from rest_rl.rewards import judge
@@ -53,29 +54,39 @@ def evaluate_held_out(
     together with the `temperature`; the key is missing if it is 0. `policy_entropy` is the mean over the tokens of the
     responses at temperature 1, in nats.
     """
+    rounds, meter, ends = plan_rounds(model, config), EntropyMeter(), eos_token_ids(model, tokenizer)
     texts, limits = [prompt.text for prompt in prompts], [prompt.limit for prompt in prompts]
-    settings: dict[str, Any] = {"max_new_tokens": limits, "batch_size": config.batch_size}
-    steps, low, meter = decoding_steps(texts, limits, config.batch_size), config.low_temperature, EntropyMeter()
-    passes: list[tuple[str, dict[str, Any]]] = [
-        ("sampled", {"seed": config.seed + draw, "meter": meter}) for draw in range(config.samples_per_prompt)
-    ]
-    passes.append(("greedy", {"greedy": True}))
-    passes += [("low temperature", {"seed": config.seed, "temperature": low})] if low else []
-    ends = eos_token_ids(model, tokenizer)
+    steps = decoding_steps(texts, limits, config.batch_size)
     outcomes: dict[str, list[Outcome]] = {}
     what = f"evaluating {len(prompts)} held-out prompts, decoding steps"
-    with observer.track(what, steps * len(passes)) as advance:
-        for number, (kind, own) in enumerate(passes):
-            ids = generate(
-                *(model, tokenizer, texts),
-                **(settings | own),
-                on_token=lambda done, kind=kind, before=number * steps: advance(before + done, note=kind),
+    with observer.track(what, steps * len(rounds)) as advance:
+        for number, together in enumerate(rounds):
+            note = ", ".join(dict.fromkeys(kind for kind, _ in together))
+            drawn = generate_draws(
+                *(model, tokenizer, texts, [draw for _, draw in together]),
+                max_new_tokens=limits,
+                batch_size=config.batch_size,
+                on_token=lambda done, note=note, before=number * steps: advance(before + done, note=note),
+                meter=meter,
             )
-            outcomes.setdefault(kind, []).extend(score_responses(ids, prompts, tokenizer, tool_format, ends))
+            for (kind, _), ids in zip(together, drawn, strict=True):
+                outcomes.setdefault(kind, []).extend(score_responses(ids, prompts, tokenizer, tool_format, ends))
     scores = {**summarize(outcomes["sampled"]), "greedy": summarize(outcomes["greedy"]), "policy_entropy": meter.mean}
-    if low:
+    if low := config.low_temperature:
         scores["low_temperature"] = {**summarize(outcomes["low temperature"]), "temperature": low}
     return scores
+
+
+def plan_rounds(model: Any, config: EvalTable) -> list[list[tuple[str, Draw]]]:
+    """Return the draws of an evaluation by what they measure; those of a round run together.
+
+    Where prompts are shared, all are in one round, which computes each prompt once.
+    """
+    draws = [("sampled", Draw(1.0, config.seed + number)) for number in range(config.samples_per_prompt)]
+    draws.append(("greedy", Draw(0.0)))
+    if config.low_temperature:
+        draws.append(("low temperature", Draw(config.low_temperature, config.seed)))
+    return [draws] if can_share(model) else [[draw] for draw in draws]
 
 
 def response_limit(config: RunConfig, golds: Sequence[str], layout: PromptLayout) -> int:

@@ -24,7 +24,7 @@ class Costs(NamedTuple):
     micro_batch: float  # a forward and backward pass without response tokens
     micro_batch_token: float  # one more token of each of its responses
     optimizer: float
-    held_out_batch: float  # as `batch`, of a batch of held-out prompts
+    held_out_batch: float  # as `batch`, of a batch of held-out prompts, in all draws of an evaluation
     held_out_token: float
 
 
@@ -36,7 +36,7 @@ class Amounts(NamedTuple):
     micro_batches: int  # per optimizer step
     steps: int
     held_out_tokens: Range
-    held_out_batches: int  # of one evaluation, in all its passes
+    held_out_batches: int  # of one evaluation
     evaluations: float  # of the run; interim evaluations count by their share of the prompts
     turns: float = 1.0  # responses per rollout
 

@@ -302,7 +302,7 @@ class EnvironmentEvaluator:
         passes: list[tuple[str, int, dict[str, Any]]] = [
             ("sampled", table.seed + draw, {"meter": meter}) for draw in range(table.samples_per_prompt)
         ]
-        passes.append(("greedy", table.seed, {"greedy": True}))
+        passes.append(("greedy", table.seed, {"temperature": 0.0}))
         if table.low_temperature:
             passes.append(("low temperature", table.seed, {"temperature": table.low_temperature}))
         outcomes: dict[str, list[Outcome]] = {}

@@ -28,8 +28,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rest_rl.config import WORLDS, RunConfig
 from rest_rl.errors import UserError
+from rest_rl.evaluate.shared_attention import find_model_obstacle
 from rest_rl.train.duration import Duration
-from rest_rl.train.trl.shared_prompts import find_model_obstacle
 
 GIB = 2**30
 Sharding = Literal["none", "zero1", "zero2", "zero3", "fsdp"]
@@ -277,12 +277,14 @@ class _MemoryModel:
         return (
             getattr(args, "share_prompts", False)
             and self.text is self.model_config  # no images
-            and find_model_obstacle(self.text) is None
-            and self.config.model.attn_implementation in ("", "sdpa")
+            and self.is_shareable()
             and self.sharding == "none"
             and not args.torch_compile
             and not (any(dropout) and not args.disable_dropout)
         )
+
+    def is_shareable(self) -> bool:
+        return find_model_obstacle(self.text) is None and self.config.model.attn_implementation in ("", "sdpa")
 
     # Determined by the settings: weights, optimizer states, gradients, reference model, allowance.
     def states(self) -> list[MemoryPart]:
@@ -380,9 +382,11 @@ class _MemoryModel:
             alternatives.append(self.responses(together, args.max_completion_length, "responses", copies))
         has_held_out = data.held_out or data.path in WORLDS or self.config.env.path
         if table.prompts and self.sharding_level < 3 and has_held_out:
-            together = min(table.batch_size, table.prompts * table.samples_per_prompt)
             limit = table.max_new_tokens or self.config.max_response_tokens
-            alternatives.append(self.responses(together, limit, "held-out responses"))
+            draws = table.samples_per_prompt + 1 + bool(table.low_temperature)
+            copies = draws if not self.is_gpu and self.turns == 1 and self.is_shareable() else 1
+            together = copies * min(table.batch_size, table.prompts)
+            alternatives.append(self.responses(together, limit, "held-out responses", copies))
         return always + max(alternatives, key=lambda parts: sum(part.bytes for part in parts), default=[])
 
     # The KV cache of responses to the longest prompts, and the prefill, one forward pass over all prompts. In the last
@@ -391,7 +395,10 @@ class _MemoryModel:
         tokens = self.work.longest_tokens + count_rollout_tokens(self.config, longest, self.turns)
         prompt = tokens - longest
         value = (self.value_bytes + self.compute_bytes) // 2  # autocast narrows the values but not the keys
-        size, how = together * count_cache_bytes(self.text, tokens, value), f"{together} {what} at once"
+        own = longest if copies > 1 else tokens
+        size = together * count_cache_bytes(self.text, own, value)
+        size += math.ceil(together / copies) * count_cache_bytes(self.text, tokens - own, value)
+        how = f"{together} {what} at once"
         begin = prompt * self.layer_bytes // 2 + prompt**2 * (self.num_masks + self.pair_bytes)
         begin *= math.ceil(together / copies)
         prompts = f"the prompts of {how}" + (f", each once for {copies}" if copies > 1 else "")

@@ -339,7 +339,6 @@ def predict_plan(plan: RunPlan, work: Workload) -> Duration:
     if not config.rest.is_supervised:
         tokens = predict_lengths(golds, layout, work.prompts, engine.args.max_completion_length)
     golds = [render_gold(each.sample, layout) for _, each in held_out]
-    passes = table.samples_per_prompt + 1 + bool(table.low_temperature)
     interim = work.steps // table.every * min(1, table.interim_prompts / len(held_out)) if table.every else 0
     amounts = Amounts(
         tokens=tokens,
@@ -347,7 +346,7 @@ def predict_plan(plan: RunPlan, work: Workload) -> Duration:
         micro_batches=engine.args.gradient_accumulation_steps,
         steps=work.steps,
         held_out_tokens=predict_lengths(golds, layout, table.batch_size, response_limit(config, golds, layout)),
-        held_out_batches=passes * -(-len(held_out) // table.batch_size),
+        held_out_batches=-(-len(held_out) // table.batch_size),
         evaluations=1 + config.eval.before + interim,
         turns=predict_turns(plan)[0],
     )

@@ -68,8 +68,7 @@ class LocalModel(TokenModel):
                 [prompt.text for prompt in prompts],
                 max_new_tokens=[prompt.limit for prompt in prompts],
                 batch_size=min(self.batch_size, len(prompts)),
-                greedy=self.temperature == 0,
-                temperature=self.temperature or 1.0,
+                temperature=self.temperature,
                 # The same batch has the same samples, so that a resumed evaluation equals an uninterrupted one.
                 seed=compute_digest([(prompt.identity, prompt.text) for prompt in prompts]) % 2**32,
             )

@@ -2,10 +2,10 @@
 
 In tool use, prompts are long and responses short, and TRL computes every prompt once per response. Here the loss packs
 a micro-batch into one row without padding, [prompt 1, its responses, prompt 2, its responses, ...], and an attention
-function lets each response see its own prompt and itself. Log-probabilities and entropies return in TRL's shape, so
-advantages, weights, clipping and logging stay as they are, and gradients are equal up to rounding. A response starts
-one token early, at its prompt's last token: each position then has exactly one label. In generation, a prompt's keys
-and values are computed and kept once per group.
+function (`rest_rl.evaluate.shared_attention`) lets each response see its own prompt and itself. Log-probabilities and
+entropies return in TRL's shape, so advantages, weights, clipping and logging stay as they are, and gradients are equal
+up to rounding. A response starts one token early, at its prompt's last token: each position then has exactly one label.
+In generation, a prompt's keys and values are computed and kept once per group.
 
 Shapes: B responses, n prompts, G responses per prompt, P prompt tokens, T completion tokens, N packed positions,
 H heads, K key-value heads, d their size.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -24,31 +24,24 @@ import torch
 import trl.trainer.utils
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 from trl import GRPOTrainer
 
+from rest_rl.evaluate.shared_attention import (
+    ATTENTION,
+    Segment,
+    find_model_obstacle,
+    generate_shared,
+    make_up_prompts,
+    relative_difference,
+    try_generation,
+)
 from rest_rl.train.policy import quiet_transformers
 
-ATTENTION = "rest_rl_shared_prompts"
-"""Name of the attention function in transformers' registry."""
 # A 4-D mask is passed on by transformers as it is, so that no mask is built: the layout replaces it.
 _NO_MASK = torch.zeros(1, 1, 1, 1)
 # Parameters of TRL's private methods that the overrides rely on.
 _LOGPS_PARAMETERS = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"]
 _GENERATE_PARAMETERS = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]
-
-
-class Segment(NamedTuple):
-    """A group in a packed row: the prompt is `start:middle`, and its responses end at `ends`."""
-
-    start: int
-    middle: int
-    ends: tuple[int, ...]
 
 
 class PackedRow(NamedTuple):
@@ -96,133 +89,6 @@ def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -
             ends.append(first + length)
         packed.segments.append(Segment(start, start + shared, tuple(ends)))
     return packed
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    segments: Sequence[Segment] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Scaled dot-product attention in transformers' interface: over a packed row, in shared decoding, or as usual."""
-    if segments is not None:
-        return _attend_packed(query, key, value, segments, scaling), None
-    if (prompt := getattr(key, "shared_prompt", None)) is not None:
-        return _attend_decoding(query, key, value, prompt, attention_mask, scaling), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-
-
-AttentionInterface.register(ATTENTION, attend)
-# Without a registered mask function, transformers would give `attend` no mask: generation would ignore padding.
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-def _attend_packed(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float | None
-) -> Tensor:
-    sdpa = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=True)
-    outputs: list[Tensor] = []
-    for start, middle, ends in segments:
-        prompt_key, prompt_value = key[:, :, start:middle], value[:, :, start:middle]
-        if middle > start:
-            outputs.append(sdpa(query[:, :, start:middle], prompt_key, prompt_value, is_causal=True))
-        begin = middle
-        for end in ends:
-            seen_key = torch.cat([prompt_key, key[:, :, begin:end]], 2)
-            seen_value = torch.cat([prompt_value, value[:, :, begin:end]], 2)
-            mask = torch.ones(end - begin, seen_key.shape[2], dtype=torch.bool, device=key.device)
-            outputs.append(sdpa(query[:, :, begin:end], seen_key, seen_value, attn_mask=mask.tril(middle - start)))
-            begin = end
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
-
-
-# One decoding step. `query` is (B, H, 1, d); `key` and `value` (B, K, t, d) are the responses' own. The prompts' keys
-# are (n, K, P, d), and all rows of a group attend to them in one product.
-def _attend_decoding(
-    query: Tensor, key: Tensor, value: Tensor, prompt: DynamicLayer, mask: Tensor | None, scaling: float | None
-) -> Tensor:
-    prompt_key, prompt_value = cast(Tensor, prompt.keys), cast(Tensor, prompt.values)
-    (n, K, P, d), B = prompt_key.shape, len(query)
-    grouped = query.view(n, B // n, K, -1, d).transpose(1, 2)  # (n, K, G, H / K, d)
-    own_key, own_value = (x.unflatten(0, (n, B // n)).transpose(1, 2) for x in (key, value))  # (n, K, G, t, d)
-    on_prompt = (grouped.flatten(2, 3) @ prompt_key.mT).view(*grouped.shape[:4], P)
-    scores = torch.cat([on_prompt, grouped @ own_key.mT], -1) * (d**-0.5 if scaling is None else scaling)
-    if mask is not None:  # (B, 1, 1, P + t)
-        scores = scores.masked_fill(~mask.view(n, 1, B // n, 1, -1), -torch.inf)
-    shares = scores.float().softmax(-1).to(value.dtype)
-    from_prompt = shares[..., :P].flatten(2, 3) @ prompt_value
-    output = from_prompt.view(*grouped.shape[:4], -1) + shares[..., P:] @ own_value
-    return output.transpose(1, 2).reshape(B, 1, query.shape[1], -1)
-
-
-# The cache of one layer in shared decoding. DynamicLayer copies all keys and values for every new token; this buffer
-# doubles instead.
-class _ResponseLayer(DynamicLayer):
-    def __init__(self, prompt: DynamicLayer) -> None:
-        super().__init__()
-        self.prompt, self.length = prompt, 0
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        assert key_states.shape[2] == 1, "shared decoding computes one token at a time"
-        if self.length == 0:
-            self.buffers = [
-                states.new_empty(*states.shape[:2], 32, states.shape[3]) for states in (key_states, value_states)
-            ]
-        elif self.length == self.buffers[0].shape[2]:
-            self.buffers = [torch.cat([buffer, torch.empty_like(buffer)], 2) for buffer in self.buffers]
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.length] = states[:, :, 0]
-        self.length += 1
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
-        # The attention function gets these tensors as they are, and finds the prompt here.
-        cast(Any, self.keys).shared_prompt = self.prompt
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.prompt.get_seq_length() + self.length
-
-
-def generate_shared(
-    model: Any,
-    generate: Callable[..., Any],
-    group_size: int,
-    *,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    generation_config: GenerationConfig,
-    **kwargs: Any,
-) -> Any:
-    """Call `generate` with the prompts' keys and values already computed, once per group of adjacent equal rows.
-
-    Rows that do not form groups of `group_size` equal prompts are generated as usual.
-    """
-    config, (B, P) = generation_config, input_ids.shape
-    usual = partial(generate, input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **kwargs)
-    is_plain = not kwargs and config.cache_implementation is None and (config.num_beams or 1) == 1
-    if not is_plain or group_size < 2 or P < 2 or B % group_size:
-        return usual()
-    prompts = input_ids.view(-1, group_size, P)
-    if not bool((prompts == prompts[:, :1]).all()):
-        return usual()
-    ids_nP, mask_nP = input_ids[::group_size, :-1], attention_mask[::group_size, :-1]
-    cache = DynamicCache(config=model.config)
-    positions_nP = (mask_nP.cumsum(1) - 1).clamp(min=0)
-    model(
-        input_ids=ids_nP,
-        attention_mask=mask_nP,
-        position_ids=positions_nP,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache.layers = cast(Any, [_ResponseLayer(layer) for layer in cast(list[DynamicLayer], cache.layers)])
-    return usual(past_key_values=cache)
 
 
 class SharedPromptTrainer(GRPOTrainer):
@@ -453,18 +319,6 @@ def find_obstacle(trainer: GRPOTrainer) -> str | None:
     return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
-def find_model_obstacle(config: Any) -> str | None:
-    """Return what in a text model's configuration keeps prompts from being shared; None if nothing does."""
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
-    obstacles = {
-        f"the model has {', '.join(sorted(layers - {'full_attention'}))} layers": layers != {"full_attention"},
-        f"the model has a sliding window of {window} tokens": window is not None,
-        "the model caps attention logits": getattr(config, "attn_logit_softcapping", None) is not None,
-    }
-    return next((reason for reason, holds in obstacles.items() if holds), None)
-
-
 def find_difference(trainer: SharedPromptTrainer) -> str | None:
     """Return how shared computation fails or differs for the trainer's model, on two made-up groups; None if equal.
 
@@ -492,7 +346,7 @@ def find_difference(trainer: SharedPromptTrainer) -> str | None:
         trainer._shares, accelerator.autocast_handler = True, handler  # noqa: SLF001
         model.train(was_training)
     for what, ours, stock in zip(("log-probabilities", "generated logits"), shared, usual, strict=True):
-        difference = ((ours - stock).square().mean().sqrt() / stock.std()).item()
+        difference = relative_difference(ours, stock)
         if not difference <= tolerance:  # also if it is NaN
             return f"the model's {what} would change by {difference:.1%} of their spread"
     return None
@@ -500,21 +354,13 @@ def find_difference(trainer: SharedPromptTrainer) -> str | None:
 
 # The log-probabilities of two groups of two responses, and the logits of the second token when it generates.
 def _try_model(trainer: SharedPromptTrainer, model: Any) -> tuple[Tensor, Tensor]:
-    size, device = model.config.get_text_config().vocab_size, model.device
-    lengths = ((3, 4), (3, 2), (5, 3), (5, 4))  # tokens of the prompt and of the response
-    prompts_BP = torch.arange(1, 6, device=device).repeat(4, 1) * 7 % size
-    prompts_BP[:2] = prompts_BP[:2].flip(1)
-    responses_BT = torch.arange(1, 17, device=device).view(4, 4) * 11 % size
-    prompt_mask_BP = torch.tensor([[0] * (5 - p) + [1] * p for p, _ in lengths], device=device)
-    mask_BT = torch.tensor([[1] * t + [0] * (4 - t) for _, t in lengths], device=device)
+    prompts_BP, prompt_mask_BP = make_up_prompts(model)
+    responses_BT = torch.arange(1, 17, device=model.device).view(4, 4) * 11 % model.config.get_text_config().vocab_size
+    mask_BT = torch.tensor([[1] * length + [0] * (4 - length) for length in (4, 2, 3, 4)], device=model.device)
     ids_BPT, mask_BPT = torch.cat([prompts_BP, responses_BT], 1), torch.cat([prompt_mask_BP, mask_BT], 1)
     logps_BT = trainer._get_per_token_logps_and_entropies(trainer.model, ids_BPT, mask_BPT, 4)[0]  # noqa: SLF001
-    config = GenerationConfig(
-        max_new_tokens=2, min_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True
-    )
     generate = partial(generate_shared, model, model.generate, 2) if trainer._shares else model.generate  # noqa: SLF001
-    output = generate(input_ids=prompts_BP, attention_mask=prompt_mask_BP, generation_config=config)
-    return logps_BT * mask_BT, output.logits[-1].float()
+    return logps_BT * mask_BT, try_generation(model, generate)
 
 
 def _is_known_trl() -> bool:

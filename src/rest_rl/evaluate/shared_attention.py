@@ -1,0 +1,248 @@
+"""Attention over a prompt that several responses share, and generation that computes each prompt once.
+
+An attention function in transformers' registry (`attend`) serves packed rows, in which each response sees its own
+prompt and itself, and decoding steps, in which all responses to a prompt read one copy of its keys and values.
+
+Shapes: B responses, n prompts, G responses per prompt, P prompt tokens, H heads, K key-value heads, d their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from rest_rl.train.policy import quiet_transformers
+
+ATTENTION = "rest_rl_shared_prompts"
+"""Name of the attention function in transformers' registry."""
+# Arguments of `generate` that see tokens and scores only.
+_HARMLESS = {"stopping_criteria", "logits_processor"}
+_TRIED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class Segment(NamedTuple):
+    """A group in a packed row: the prompt is `start:middle`, and its responses end at `ends`."""
+
+    start: int
+    middle: int
+    ends: tuple[int, ...]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: Sequence[Segment] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention in transformers' interface: over a packed row, in shared decoding, or as usual."""
+    if segments is not None:
+        return _attend_packed(query, key, value, segments, scaling), None
+    if (prompt := getattr(key, "shared_prompt", None)) is not None:
+        return _attend_decoding(query, key, value, prompt, attention_mask, scaling), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, attend)
+# Without a registered mask function, transformers would give `attend` no mask: generation would ignore padding.
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float | None
+) -> Tensor:
+    sdpa = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    outputs: list[Tensor] = []
+    for start, middle, ends in segments:
+        prompt_key, prompt_value = key[:, :, start:middle], value[:, :, start:middle]
+        if middle > start:
+            outputs.append(sdpa(query[:, :, start:middle], prompt_key, prompt_value, is_causal=True))
+        begin = middle
+        for end in ends:
+            seen_key = torch.cat([prompt_key, key[:, :, begin:end]], 2)
+            seen_value = torch.cat([prompt_value, value[:, :, begin:end]], 2)
+            mask = torch.ones(end - begin, seen_key.shape[2], dtype=torch.bool, device=key.device)
+            outputs.append(sdpa(query[:, :, begin:end], seen_key, seen_value, attn_mask=mask.tril(middle - start)))
+            begin = end
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+
+
+# One decoding step. `query` is (B, H, 1, d); `key` and `value` (B, K, t, d) are the responses' own. The prompts' keys
+# are (n, K, P, d), and all rows of a group attend to them in one product.
+def _attend_decoding(
+    query: Tensor, key: Tensor, value: Tensor, prompt: DynamicLayer, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    prompt_key, prompt_value = cast(Tensor, prompt.keys), cast(Tensor, prompt.values)
+    (n, K, P, d), B = prompt_key.shape, len(query)
+    grouped = query.view(n, B // n, K, -1, d).transpose(1, 2)  # (n, K, G, H / K, d)
+    own_key, own_value = (x.unflatten(0, (n, B // n)).transpose(1, 2) for x in (key, value))  # (n, K, G, t, d)
+    on_prompt = (grouped.flatten(2, 3) @ prompt_key.mT).view(*grouped.shape[:4], P)
+    scores = torch.cat([on_prompt, grouped @ own_key.mT], -1) * (d**-0.5 if scaling is None else scaling)
+    if mask is not None:  # (B, 1, 1, P + t)
+        scores = scores.masked_fill(~mask.view(n, 1, B // n, 1, -1), -torch.inf)
+    shares = scores.float().softmax(-1).to(value.dtype)
+    from_prompt = shares[..., :P].flatten(2, 3) @ prompt_value
+    output = from_prompt.view(*grouped.shape[:4], -1) + shares[..., P:] @ own_value
+    return output.transpose(1, 2).reshape(B, 1, query.shape[1], -1)
+
+
+# The cache of one layer in shared decoding. DynamicLayer copies all keys and values for every new token; this buffer
+# doubles instead.
+class _ResponseLayer(DynamicLayer):
+    def __init__(self, prompt: DynamicLayer) -> None:
+        super().__init__()
+        self.prompt, self.length = prompt, 0
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert key_states.shape[2] == 1, "shared decoding computes one token at a time"
+        if self.length == 0:
+            self.buffers = [
+                states.new_empty(*states.shape[:2], 32, states.shape[3]) for states in (key_states, value_states)
+            ]
+        elif self.length == self.buffers[0].shape[2]:
+            self.buffers = [torch.cat([buffer, torch.empty_like(buffer)], 2) for buffer in self.buffers]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length] = states[:, :, 0]
+        self.length += 1
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        # The attention function gets these tensors as they are, and finds the prompt here.
+        cast(Any, self.keys).shared_prompt = self.prompt
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.prompt.get_seq_length() + self.length
+
+
+def generate_shared(
+    model: Any,
+    generate: Callable[..., Any],
+    group_size: int,
+    *,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    generation_config: GenerationConfig,
+    **kwargs: Any,
+) -> Any:
+    """Call `generate` with the prompts' keys and values already computed, once per group of adjacent equal rows.
+
+    Rows that do not form groups of `group_size` equal prompts are generated as usual. Single rows gain as well: no step
+    copies their prompts' keys and values.
+    """
+    config, (B, P) = generation_config, input_ids.shape
+    usual = partial(generate, input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **kwargs)
+    is_plain = config.cache_implementation is None and (config.num_beams or 1) == 1
+    if not is_plain or not kwargs.keys() <= _HARMLESS or P < 2 or B % group_size:
+        return usual()
+    prompts = input_ids.view(-1, group_size, P)
+    if not bool((prompts == prompts[:, :1]).all()):
+        return usual()
+    ids_nP, mask_nP = input_ids[::group_size, :-1], attention_mask[::group_size, :-1]
+    cache = DynamicCache(config=model.config)
+    positions_nP = (mask_nP.cumsum(1) - 1).clamp(min=0)
+    model(
+        input_ids=ids_nP,
+        attention_mask=mask_nP,
+        position_ids=positions_nP,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.layers = cast(Any, [_ResponseLayer(layer) for layer in cast(list[DynamicLayer], cache.layers)])
+    return usual(past_key_values=cache)
+
+
+def find_model_obstacle(config: Any) -> str | None:
+    """Return what in a text model's configuration keeps prompts from being shared; None if nothing does."""
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+    obstacles = {
+        f"the model has {', '.join(sorted(layers - {'full_attention'}))} layers": layers != {"full_attention"},
+        f"the model has a sliding window of {window} tokens": window is not None,
+        "the model caps attention logits": getattr(config, "attn_logit_softcapping", None) is not None,
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)
+
+
+@contextmanager
+def sharing(model: Any) -> Iterator[Callable[..., Any]]:
+    """Yield `model.generate` with a first argument, the group size; prompts are shared if `can_share`."""
+    if not can_share(model):
+        yield lambda group_size, **kwargs: model.generate(**kwargs)
+        return
+    usual = model.config._attn_implementation  # noqa: SLF001
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield partial(generate_shared, model, model.generate)
+    finally:
+        model.set_attn_implementation(usual)
+
+
+def can_share(model: Any) -> bool:
+    """Return whether `sharing` shares prompts: on a CPU, if the model's outputs stay the same (tried once per model).
+
+    A GPU reads keys and values fast enough that the usual attention, in one kernel, is no loss.
+    """
+    if not isinstance(model, nn.Module) or model.device.type != "cpu":
+        return False
+    if model not in _TRIED:
+        _TRIED[model] = _try_sharing(model)
+    return _TRIED[model]
+
+
+def _try_sharing(model: Any) -> bool:
+    usual = model.config._attn_implementation  # noqa: SLF001
+    if usual == ATTENTION:  # the trainer has tried it
+        return True
+    if usual != "sdpa" or find_model_obstacle(model.config.get_text_config()) is not None:
+        return False
+    is_float32 = {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    try:
+        with quiet_transformers(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            stock = try_generation(model, model.generate)
+            model.set_attn_implementation(ATTENTION)
+            ours = try_generation(model, partial(generate_shared, model, model.generate, 2))
+    except Exception:
+        return False
+    finally:
+        model.set_attn_implementation(usual)
+    return relative_difference(ours, stock) <= (1e-3 if is_float32 else 0.1)
+
+
+def make_up_prompts(model: Any) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask of two left-padded prompts of 3 and 5 tokens, each in two rows. (4, 5)."""
+    ids_BP = torch.arange(1, 6, device=model.device).repeat(4, 1) * 7 % model.config.get_text_config().vocab_size
+    ids_BP[:2] = ids_BP[:2].flip(1)
+    mask_BP = torch.ones_like(ids_BP)
+    mask_BP[:2, :2] = 0
+    return ids_BP, mask_BP
+
+
+def try_generation(model: Any, generate: Callable[..., Any]) -> Tensor:
+    """Return the logits of the second token that `generate` writes to the prompts of `make_up_prompts`."""
+    ids_BP, mask_BP = make_up_prompts(model)
+    config = GenerationConfig(
+        max_new_tokens=2, min_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
+    return generate(input_ids=ids_BP, attention_mask=mask_BP, generation_config=config).logits[-1].float()
+
+
+def relative_difference(ours: Tensor, stock: Tensor) -> float:
+    """Return the root mean square of the difference, relative to the standard deviation of `stock`."""
+    return ((ours - stock).square().mean().sqrt() / stock.std()).item()
