@@ -71,6 +71,22 @@ def test_progress_shows_the_last_line(monkeypatch) -> None:
     assert lines[-1].startswith("evaluating 8/8 ")
 
 
+def test_a_slow_first_step_does_not_count_in_the_rate(monkeypatch) -> None:
+    """As in an evaluation, whose first step contains the prompts."""
+    out, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("rest_rl.cli.terminal.time.monotonic", lambda: clock[0])
+    with Screen(Console(file=out, width=80)).track("decoding", 100) as advance:
+        for done in range(1, 12):
+            clock[0] = 90.0 + done
+            advance(done)
+    assert out.getvalue().splitlines() == [
+        "decoding ...",
+        "decoding 1/100",
+        "decoding 6/100 1/s 0:01:34 left",
+        "decoding 11/100 1/s 0:01:29 left",
+    ]
+
+
 def test_a_fast_rate_is_a_plain_number(monkeypatch) -> None:
     out, clock = io.StringIO(), [0.0]
     monkeypatch.setattr("rest_rl.cli.terminal.time.monotonic", lambda: clock[0])

@@ -162,10 +162,13 @@ class Screen(Observer):
     @contextmanager
     def track(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
         task = self._bars.add_task(what, total=total, completed=done, note="")
-        begin, done_before, known = time.monotonic(), done, total
+        begin, known = time.monotonic(), total
+        # The rate leaves out what a resumed run had finished before, and what comes before the first mark, such as the
+        # prompts of a batch.
+        since, first, is_marked = begin, done, False
 
         def advance(done: int, total: int | None = None, note: str = "") -> None:
-            nonlocal known
+            nonlocal known, since, first, is_marked
             known = total = total or known
             amount = f"{done}/{total}" if total and total < MIN_BYTE_TOTAL else ""
             self._bars.update(task, completed=done, total=total, note=f"{amount} {note}")
@@ -173,11 +176,13 @@ class Screen(Observer):
             now = time.monotonic()
             pause = min(max(LINE_PAUSES[0], (now - begin) / 20), LINE_PAUSES[1])
             if not self.console.is_terminal and (done == total or now - self._last_line >= pause):
-                # The rate leaves out the steps that a resumed run had finished before.
-                self._last_line, rate = now, (done - done_before) / max(now - begin, 1e-9)
+                is_early = not is_marked and total and done < total / 20
+                self._last_line, rate = now, 0.0 if is_early else (done - first) / max(now - since, 1e-9)
                 speed = f"{rate:{'.0f' if rate >= 100 else '.3g'}}/s" if amount and rate > 0 else ""
                 left = f"{timedelta(seconds=round((total - done) / rate))} left" if total and rate > 0 else ""
                 self.say(" ".join(part for part in (what, amount, note, speed, left) if part))
+            if not is_marked:
+                since, first, is_marked = now, done, True
 
         # Tracks nest (a step within training), but rich allows one live display per console: the outermost track starts
         # and stops it, and without a terminal only the outermost track announces itself.
