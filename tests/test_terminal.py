@@ -76,15 +76,10 @@ def test_a_slow_first_step_does_not_count_in_the_rate(monkeypatch) -> None:
     out, clock = io.StringIO(), [0.0]
     monkeypatch.setattr("rest_rl.cli.terminal.time.monotonic", lambda: clock[0])
     with Screen(Console(file=out, width=80)).track("decoding", 100) as advance:
-        for done in range(1, 12):
+        for done in range(1, 7):
             clock[0] = 90.0 + done
             advance(done)
-    assert out.getvalue().splitlines() == [
-        "decoding ...",
-        "decoding 1/100",
-        "decoding 6/100 1/s 0:01:34 left",
-        "decoding 11/100 1/s 0:01:29 left",
-    ]
+    assert out.getvalue().splitlines() == ["decoding ...", "decoding 1/100", "decoding 6/100 1/s 0:01:34 left"]
 
 
 def test_a_fast_rate_is_a_plain_number(monkeypatch) -> None:
