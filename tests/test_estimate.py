@@ -293,6 +293,21 @@ def test_generation_needs_a_cache_for_every_response() -> None:
     assert part(guessed, "KV cache") == 32 * 150 * 256
 
 
+def test_a_shared_prompt_is_in_the_cache_once() -> None:
+    shared = guess(rl(steps_per_generation=8, share_prompts=True))
+    assert part(shared, "KV cache") == (32 // 4 * 50 + 32 * 100) * 256
+
+
+@pytest.mark.parametrize(("attention", "shares"), [("", True), ("eager", False)])
+def test_a_cpu_holds_all_draws_of_a_held_out_prompt_at_once(attention: str, shares: bool) -> None:
+    text = 'model.dtype = "float32"\neval.prompts = 99\neval.batch_size = 40\neval.max_new_tokens = 30'
+    guessed = guess(config=run(f'{text}\nmodel.attn_implementation = "{attention}"\neval.samples_per_prompt = 2'))
+    # two draws at T = 1, a greedy one, one at the low temperature
+    assert part(guessed, "KV cache") == (40 * 50 + 4 * 40 * 30 if shares else 40 * (50 + 30)) * 256
+    how = next(each.how for each in guessed.parts if each.name == "prefill")
+    assert ("each once for 4" in how) == shares
+
+
 def test_work_of_reinforcement_learning() -> None:
     args = rl(steps_per_generation=8, num_train_epochs=3)
     work = guess(args, prompt_tokens=[10] * 100, processes=2).work
