@@ -60,7 +60,7 @@ def test_every_model_generates_what_it_would_alone(tokenizer, monkeypatch, name)
     found = generate(model, tokenizer, PROMPTS, **settings)
     assert model.training
     assert model.config._attn_implementation == attention
-    assert can_share(model) == (name in ("absolute_positions", "attention_dropout", "foreign"))
+    assert can_share(model) == (name in ("absolute_positions", "attention_dropout"))
     without_sharing(monkeypatch)
     assert found == generate(model, tokenizer, PROMPTS, **settings)
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from research.theory.expected_squares import expected_squares
+from rest_rl.evaluate.shared_attention import can_share
 from rest_rl.loss import clipped_surrogate
 from rest_rl.probe.gradients import (
     Coordinates,
@@ -10,15 +11,19 @@ from rest_rl.probe.gradients import (
     compute_weighted_gradients,
     pad_responses,
 )
+from tests.test_shared_prompts import count_tokens
 from tests.tiny_policy import tiny_model, tiny_tokenizer
 
 PROMPT = [5, 9, 2]
 RESPONSES = [[4, 4, 7, 1], [3], [8, 2]]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(tiny_tokenizer()).double()
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def model(request):
+    model = tiny_model(tiny_tokenizer()).double()
+    model.set_attn_implementation(request.param)
+    assert can_share(model) == (request.param == "sdpa")
+    return model
 
 
 def row_by_row_logps(model, prompt, responses):
@@ -81,6 +86,13 @@ def test_gradients_are_linear_in_the_weights_and_ignore_padding(model):
         for i, row in enumerate(RESPONSES)
     )
     torch.testing.assert_close(parts[0], one, rtol=1e-5, atol=1e-5)  # added up in float32
+
+
+def test_a_shared_prompt_is_computed_once(model):
+    counts = count_tokens(model)
+    compute_token_statistics(model, PROMPT, RESPONSES)
+    # each response begins with the prompt's last token and ends before its own
+    assert sum(counts) == (2 + 4 + 1 + 2 if can_share(model) else 3 * (3 + 4))
 
 
 def test_the_model_stays_unchanged(model):

@@ -21,9 +21,9 @@ from transformers import (
     set_seed,
 )
 
-from rest_rl.evaluate.shared_attention import ATTENTION, Segment
+from rest_rl.evaluate.shared_attention import ATTENTION, Segment, pack
 from rest_rl.train.prompts import build_training_dataset
-from rest_rl.train.trl.shared_prompts import pack, regroup
+from rest_rl.train.trl.shared_prompts import regroup
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.tiny_policy import (
     copy_parameters,

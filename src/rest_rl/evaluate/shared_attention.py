@@ -27,6 +27,8 @@ from rest_rl.train.policy import quiet_transformers
 
 ATTENTION = "rest_rl_shared_prompts"
 """Name of the attention function in transformers' registry."""
+# A 4-D mask is passed on by transformers as it is, so that no mask is built: the layout replaces it.
+NO_MASK = torch.zeros(1, 1, 1, 1)
 # Arguments of `generate` that see tokens and scores only.
 _HARMLESS = {"stopping_criteria", "logits_processor"}
 _TRIED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -38,6 +40,53 @@ class Segment(NamedTuple):
     start: int
     middle: int
     ends: tuple[int, ...]
+
+
+class PackedRow(NamedTuple):
+    """A micro-batch as one row of N positions; `rows` and `columns` say which token of (B, T) a position predicts."""
+
+    ids: list[int]
+    positions: list[int]
+    segments: list[Segment]
+    labels: list[int]
+    scored: list[int]
+    rows: list[int]
+    columns: list[int]
+
+
+def find_groups(prompts: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Return the rows of each distinct prompt, in the order of first appearance."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(tuple(prompt), []).append(row)
+    return groups
+
+
+def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> PackedRow:
+    """Pack responses behind their prompts, each prompt once. Prompts have at least one token; empty responses vanish.
+
+    A response's piece is the prompt's last token and the response without its last token, so each of its positions
+    predicts one token of the response.
+    """
+    packed = PackedRow([], [], [], [], [], [], [])
+    for prompt, rows in find_groups(prompts).items():
+        if not (rows := [row for row in rows if responses[row]]):
+            continue
+        start, shared = len(packed.ids), len(prompt) - 1
+        packed.ids.extend(prompt[:-1])
+        packed.positions.extend(range(shared))
+        ends: list[int] = []
+        for row in rows:
+            first, length = len(packed.ids), len(responses[row])
+            packed.ids.extend([prompt[-1], *responses[row][:-1]])
+            packed.positions.extend(range(shared, shared + length))
+            packed.labels.extend(responses[row])
+            packed.scored.extend(range(first, first + length))
+            packed.rows.extend([row] * length)
+            packed.columns.extend(range(length))
+            ends.append(first + length)
+        packed.segments.append(Segment(start, start + shared, tuple(ends)))
+    return packed
 
 
 def attend(
@@ -207,22 +256,49 @@ def can_share(model: Any) -> bool:
 
 
 def _try_sharing(model: Any) -> bool:
-    usual = model.config._attn_implementation  # noqa: SLF001
+    usual, was_training = model.config._attn_implementation, model.training  # noqa: SLF001
     if usual == ATTENTION:  # the trainer has tried it
         return True
     if usual != "sdpa" or find_model_obstacle(model.config.get_text_config()) is not None:
         return False
     is_float32 = {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model.eval()
     try:
         with quiet_transformers(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            stock = try_generation(model, model.generate)
+            ids_BP, mask_BP = make_up_prompts(model)
+            stock = [try_generation(model, model.generate), model(input_ids=ids_BP, attention_mask=mask_BP).logits[2]]
             model.set_attn_implementation(ATTENTION)
-            ours = try_generation(model, partial(generate_shared, model, model.generate, 2))
-    except Exception:
+            prompts, responses = [ids_BP[2, :2].tolist()] * 2, [ids_BP[2, 2:].tolist()] * 2
+            ours = [
+                try_generation(model, partial(generate_shared, model, model.generate, 2)),
+                compute_packed_logits(model, prompts, responses)[1],
+            ]
+    except Exception:  # whatever a model that was written by others raises
         return False
     finally:
         model.set_attn_implementation(usual)
-    return relative_difference(ours, stock) <= (1e-3 if is_float32 else 0.1)
+        model.train(was_training)
+    pairs = ((ours[0], stock[0]), (ours[1].float(), stock[1][1:-1].float()))
+    return all(relative_difference(*pair) <= (1e-3 if is_float32 else 0.1) for pair in pairs)
+
+
+def compute_packed_logits(model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+    """Return the logits from which each token of B responses was drawn; the model has the attention `ATTENTION`.
+
+    Shape (B, T, V). Positions beyond the end of a response contain those of another token.
+    """
+    packed = pack(prompts, responses)
+    output = model(
+        input_ids=torch.tensor([packed.ids], device=model.device),
+        position_ids=torch.tensor([packed.positions], device=model.device),
+        attention_mask=NO_MASK.to(model.device),
+        logits_to_keep=torch.tensor(packed.scored, device=model.device),
+        use_cache=False,
+        segments=packed.segments,
+    )
+    index_BT = torch.zeros(len(responses), max(map(len, responses)), dtype=torch.long)
+    index_BT[packed.rows, packed.columns] = torch.arange(len(packed.scored))
+    return output.logits[0, index_BT.to(model.device)]
 
 
 def make_up_prompts(model: Any) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rest_rl.errors import UserError
+from rest_rl.evaluate.shared_attention import can_share, compute_packed_logits, sharing
 from rest_rl.loss import collision_mass, token_entropy
 
 
@@ -165,9 +166,16 @@ def trainable_parameters(model: Any) -> list[Tensor]:
 
 
 def compute_response_logits(model: Any, prompt_ids: Sequence[int], ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the logits from which each response token was drawn. Shape (B, T, vocabulary), on the model's device."""
+    """Return the logits from which each response token was drawn. Shape (B, T, vocabulary), on the model's device.
+
+    Where prompts can be shared, the prompt is computed once.
+    """
     if not len(prompt_ids):
         raise ValueError("the prompt is empty, expected at least one token, which yields the first logits")
+    if can_share(model) and mask_BT.any():
+        responses = [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT, strict=True)]
+        with sharing(model):
+            return compute_packed_logits(model, [list(prompt_ids)] * len(responses), responses)
     batch, width = ids_BT.shape
     prompt_BP = torch.tensor([list(prompt_ids)] * batch, dtype=torch.long)
     mask_BS = torch.cat([torch.ones_like(prompt_BP), mask_BT.long()], dim=1)

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import trl.trainer.utils
@@ -28,67 +28,21 @@ from trl import GRPOTrainer
 
 from rest_rl.evaluate.shared_attention import (
     ATTENTION,
-    Segment,
+    NO_MASK,
+    PackedRow,
+    find_groups,
     find_model_obstacle,
     generate_shared,
     make_up_prompts,
+    pack,
     relative_difference,
     try_generation,
 )
 from rest_rl.train.policy import quiet_transformers
 
-# A 4-D mask is passed on by transformers as it is, so that no mask is built: the layout replaces it.
-_NO_MASK = torch.zeros(1, 1, 1, 1)
 # Parameters of TRL's private methods that the overrides rely on.
 _LOGPS_PARAMETERS = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"]
 _GENERATE_PARAMETERS = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]
-
-
-class PackedRow(NamedTuple):
-    """A micro-batch as one row of N positions; `rows` and `columns` say which token of (B, T) a position predicts."""
-
-    ids: list[int]
-    positions: list[int]
-    segments: list[Segment]
-    labels: list[int]
-    scored: list[int]
-    rows: list[int]
-    columns: list[int]
-
-
-def find_groups(prompts: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
-    """Return the rows of each distinct prompt, in the order of first appearance."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt), []).append(row)
-    return groups
-
-
-def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> PackedRow:
-    """Pack responses behind their prompts, each prompt once. Prompts have at least one token; empty responses vanish.
-
-    A response's piece is the prompt's last token and the response without its last token, so each of its positions
-    predicts one token of the response.
-    """
-    packed = PackedRow([], [], [], [], [], [], [])
-    for prompt, rows in find_groups(prompts).items():
-        if not (rows := [row for row in rows if responses[row]]):
-            continue
-        start, shared = len(packed.ids), len(prompt) - 1
-        packed.ids.extend(prompt[:-1])
-        packed.positions.extend(range(shared))
-        ends: list[int] = []
-        for row in rows:
-            first, length = len(packed.ids), len(responses[row])
-            packed.ids.extend([prompt[-1], *responses[row][:-1]])
-            packed.positions.extend(range(shared, shared + length))
-            packed.labels.extend(responses[row])
-            packed.scored.extend(range(first, first + length))
-            packed.rows.extend([row] * length)
-            packed.columns.extend(range(length))
-            ends.append(first + length)
-        packed.segments.append(Segment(start, start + shared, tuple(ends)))
-    return packed
 
 
 class SharedPromptTrainer(GRPOTrainer):
@@ -214,7 +168,7 @@ class SharedPromptTrainer(GRPOTrainer):
             return model(
                 input_ids=ids_1N,
                 position_ids=positions_1N,
-                attention_mask=_NO_MASK.to(device),
+                attention_mask=NO_MASK.to(device),
                 shift_labels=torch.tensor([packed.labels], device=device),
                 fused_lm_head=True,
                 segments=packed.segments,
