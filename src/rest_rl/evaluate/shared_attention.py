@@ -1,9 +1,10 @@
-"""Attention over a prompt that several responses share, and generation that computes each prompt once.
+"""Attention over a prompt that several responses share: packed rows, and generation that computes each prompt once.
 
 An attention function in transformers' registry (`attend`) serves packed rows, in which each response sees its own
 prompt and itself, and decoding steps, in which all responses to a prompt read one copy of its keys and values.
 
-Shapes: B responses, n prompts, G responses per prompt, P prompt tokens, H heads, K key-value heads, d their size.
+Shapes: B responses of at most T tokens, n prompts, G responses per prompt, P prompt tokens, V vocabulary, H heads,
+K key-value heads, d their size.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ def sharing(model: Any) -> Iterator[Callable[..., Any]]:
 def can_share(model: Any) -> bool:
     """Return whether `sharing` shares prompts: on a CPU, if the model's outputs stay the same (tried once per model).
 
-    A GPU reads keys and values fast enough that the usual attention, in one kernel, is no loss.
+    On GPUs, where it has not been measured, models keep their attention.
     """
     if not isinstance(model, nn.Module) or model.device.type != "cpu":
         return False
