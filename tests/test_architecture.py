@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "rest_rl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT, MAX_LINES = 700, 60, 17, 36_000
+MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT, MAX_LINES = 700, 60, 17, 36_200
 IMPORTED_IN = {
     "trl": ["train/trl/*.py", "train/sft.py", "train/estimate.py", "train/verl/*.py"],
     "datasets": ["data/reading.py", "train/prompts.py", "train/sft.py", "train/run.py"],
@@ -26,7 +26,13 @@ IMPORTED_IN = {
     "faker": ["data/office/*.py"],
     "referencing": ["data/gold.py"],
     "pyarrow": ["data/reading.py", "data/write.py"],
-    "transformers": ["train/*.py", "train/trl/*.py", "evaluate/generate.py", "envs/adapters.py"],
+    "transformers": [
+        "train/*.py",
+        "train/trl/*.py",
+        "evaluate/generate.py",
+        "evaluate/shared_attention.py",
+        "envs/adapters.py",
+    ],
     "mcp": ["envs/mcp.py"],
     "huggingface_hub": ["data/hub.py", "evaluate/origin.py"],
     "peft": ["train/*.py", "train/verl/model.py"],

@@ -14,6 +14,7 @@ from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.generate import generate
 from rest_rl.evaluate.models.local import LocalModel, can_exceed_context, context_length
 from rest_rl.evaluate.models.vllm import VllmModel
+from rest_rl.evaluate.shared_attention import can_share
 from rest_rl.regions import decode_ids
 from rest_rl.response import Gold
 from tests.model_families import DIALOGUES, FAMILIES, family_model, family_tokenizer
@@ -103,18 +104,10 @@ def test_the_context_limits_a_response_independent_of_its_batch(tiny) -> None:
     assert tight.context_usage(request) == (prompt + 60, prompt + 3)
 
 
-class Counted(Qwen3ForCausalLM):
-    """Records the number of rows of every forward pass."""
-
-    def forward(self, input_ids=None, **others):
-        self.rows = [*getattr(self, "rows", []), input_ids.shape[0]]
-        return super().forward(input_ids=input_ids, **others)
-
-
 @pytest.mark.parametrize("has_end", [True, False])
 def test_prompts_with_different_limits_share_a_batch(has_end: bool) -> None:
     tokenizer = tiny_tokenizer()
-    counted = Counted(tiny_model(tokenizer).config).eval()
+    counted, rows = tiny_model(tokenizer).eval(), []
     torch.manual_seed(2)
     for parameter in counted.parameters():  # texts without end, one for each prompt
         torch.nn.init.normal_(parameter, std=0.5)
@@ -124,8 +117,10 @@ def test_prompts_with_different_limits_share_a_batch(has_end: bool) -> None:
     requests = [asked("xyz" * n) for n in (9, 1, 5, 2, 12, 7)]
     context = layout.count_tokens(requests[4].sample) + 2
     together = LocalModel(counted, layout, batch_size=6, max_new_tokens=500, context=context)
+    assert can_share(counted)  # tries the model
+    counted.model.embed_tokens.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     replies = together.respond(requests)
-    assert set(counted.rows) == {6}
+    assert set(rows) == {6}
     for request, reply in zip(requests, replies, strict=True):
         assert together.respond([request])[0] == reply
         assert reply.tokens
