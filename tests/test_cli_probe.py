@@ -278,6 +278,17 @@ def test_a_supervised_run_folder_is_probed_with_the_preset_rest(here: Path) -> N
     assert (other.data.path, other.data.held_out, other.eval.every) == ("b.jsonl", "", 0)
 
 
+def test_the_model_of_a_run_is_probed_without_the_adapter_that_it_started_from(here: Path) -> None:
+    (here / "office" / "model").mkdir(parents=True)
+    run = RunConfig.from_toml(
+        '[model]\npath = "smollm2"\nadapter = "smollm2-office"\n[peft]\nr = 8\n[data]\npath = "office"'
+    )
+    (here / "office" / "config.toml").write_text(run.to_toml(), encoding="utf-8")
+    for data in (None, "office"):
+        own = probe_run.resolve_run("office", data, [])
+        assert (own.model.path, own.model.adapter, own.data.path) == ("office/model", "", "office")
+
+
 @pytest.fixture(scope="module")
 def sampled() -> tuple[Any, PromptLayout, list[SampledGroup]]:
     tokenizer = tiny_tokenizer()

@@ -180,7 +180,8 @@ def resolve_run(
         return with_turn_weights(read_run_file(None, options))
     if run.rest.is_supervised:
         run = replace(run, rest=RestTable(format=run.rest.format), trl=read_run_file(None, options).trl)
-    run = replace(run, eval=replace(run.eval, every=0))
+    # What the run trained contains the adapter that it started from.
+    run = replace(run, eval=replace(run.eval, every=0), model=replace(run.model, adapter=""))
     run = replace(leave_world(run), data=replace(run.data, held_out="")) if data else run
     run = enter_world(run, address) if address and address != run.env.path else run
     return read_run_source(run, options)
