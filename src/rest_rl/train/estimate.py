@@ -398,13 +398,13 @@ class _MemoryModel:
         own = longest if copies > 1 else tokens
         size = together * count_cache_bytes(self.text, own, value)
         size += math.ceil(together / copies) * count_cache_bytes(self.text, tokens - own, value)
-        how = f"{together} {what} at once"
+        how, once = f"{together} {what} at once", f", each once for {copies}" if copies > 1 else ""
+        cache = f"{how}, {own:,} tokens each" + (f", and their prompts{once}" if once else "")
         begin = prompt * self.layer_bytes // 2 + prompt**2 * (self.num_masks + self.pair_bytes)
         begin *= math.ceil(together / copies)
-        prompts = f"the prompts of {how}" + (f", each once for {copies}" if copies > 1 else "")
-        prefill = f"{self.mark('bound')}: one pass over {prompts}, {prompt:,} tokens each"
+        prefill = f"{self.mark('bound')}: one pass over the prompts of {how}{once}, {prompt:,} tokens each"
         return [
-            MemoryPart("KV cache", "generation", size, f"{self.mark('exact')}: {how}, {tokens:,} tokens each"),
+            MemoryPart("KV cache", "generation", size, f"{self.mark('exact')}: {cache}"),
             MemoryPart("prefill", "generation", begin, prefill),
         ]
 
