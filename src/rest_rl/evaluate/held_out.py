@@ -54,7 +54,8 @@ def evaluate_held_out(
     together with the `temperature`; the key is missing if it is 0. `policy_entropy` is the mean over the tokens of the
     responses at temperature 1, in nats.
     """
-    rounds, meter, ends = plan_rounds(model, config), EntropyMeter(), eos_token_ids(model, tokenizer)
+    draws, meter, ends = plan_draws(config), EntropyMeter(), eos_token_ids(model, tokenizer)
+    rounds = plan_rounds(model, draws)
     texts, limits = [prompt.text for prompt in prompts], [prompt.limit for prompt in prompts]
     steps = decoding_steps(texts, limits, config.batch_size)
     outcomes: dict[str, list[Outcome]] = {}
@@ -77,16 +78,18 @@ def evaluate_held_out(
     return scores
 
 
-def plan_rounds(model: Any, config: EvalTable) -> list[list[tuple[str, Draw]]]:
-    """Return the draws of an evaluation by what they measure; those of a round run together.
-
-    Where prompts are shared, all are in one round, which computes each prompt once.
-    """
+def plan_draws(config: EvalTable) -> list[tuple[str, Draw]]:
+    """Return the draws of an evaluation, each with what it measures."""
     draws = [("sampled", Draw(1.0, config.seed + number)) for number in range(config.samples_per_prompt)]
-    draws.append(("greedy", Draw(0.0)))
+    draws.append(("greedy", Draw(0.0, config.seed)))
     if config.low_temperature:
         draws.append(("low temperature", Draw(config.low_temperature, config.seed)))
-    return [draws] if can_share(model) else [[draw] for draw in draws]
+    return draws
+
+
+def plan_rounds(model: Any, draws: Sequence[tuple[str, Draw]]) -> list[list[tuple[str, Draw]]]:
+    """Return which draws run together: all, where prompts are shared, so that each prompt is computed once."""
+    return [list(draws)] if can_share(model) else [[draw] for draw in draws]
 
 
 def response_limit(config: RunConfig, golds: Sequence[str], layout: PromptLayout) -> int:

@@ -21,7 +21,7 @@ from rest_rl.envs.rollout import Generated, Rollouts, Trajectory, derive_seed, m
 from rest_rl.envs.session import Environment, Task
 from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import EntropyMeter, eos_token_ids, generate
-from rest_rl.evaluate.held_out import HeldOutPrompt
+from rest_rl.evaluate.held_out import HeldOutPrompt, plan_draws
 from rest_rl.regions import decode_ids, token_char_lengths
 from rest_rl.response import Gold
 from rest_rl.rewards import match_calls_by_stage
@@ -299,21 +299,16 @@ class EnvironmentEvaluator:
     def evaluate(self, model: Any, prompts: Sequence[HeldOutPrompt], observer: Observer = SILENT) -> dict[str, Any]:
         """Return the scores of sampled, greedy and low-temperature rollouts, in the form of `evaluate_held_out`."""
         table, meter = self.config.eval, EntropyMeter()
-        passes: list[tuple[str, int, dict[str, Any]]] = [
-            ("sampled", table.seed + draw, {"meter": meter}) for draw in range(table.samples_per_prompt)
-        ]
-        passes.append(("greedy", table.seed, {"temperature": 0.0}))
-        if table.low_temperature:
-            passes.append(("low temperature", table.seed, {"temperature": table.low_temperature}))
+        passes = plan_draws(table)
         outcomes: dict[str, list[Outcome]] = {}
         turns = self.config.env.turns
         with observer.track(f"evaluating {len(prompts)} held-out tasks, turns", turns * len(passes)) as advance:
-            for number, (kind, seed, settings) in enumerate(passes):
+            for number, (kind, draw) in enumerate(passes):
                 found = self._run(
                     model,
                     prompts,
-                    seed,
-                    settings,
+                    draw.seed,
+                    {"temperature": draw.temperature, "meter": meter},
                     lambda turn, active, kind=kind, before=number * turns: advance(before + turn, note=kind),
                 )
                 outcomes.setdefault(kind, []).extend(map(make_outcome, found, prompts, range(len(prompts))))

@@ -21,7 +21,7 @@ from torch import Tensor
 from rest_rl.config import RunConfig
 from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.generate import generate_draws
-from rest_rl.evaluate.held_out import plan_rounds
+from rest_rl.evaluate.held_out import plan_draws, plan_rounds
 from rest_rl.runlog import SILENT, RunLog
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.duration import Costs
@@ -55,14 +55,15 @@ def measure_costs(config: RunConfig, layout: PromptLayout, data: TrainingData, t
             trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         trainer.model.train()
 
-        rounds = [[draw for _, draw in together] for together in plan_rounds(engine.model, config.eval)]
-        if config.env.path:  # its turns are generated for one draw at a time
-            rounds = [[draw] for together in rounds for draw in together]
+        draws = plan_draws(config.eval)
+        # The turns of an environment are generated for one draw at a time.
+        rounds = [[draw] for draw in draws] if config.env.path else plan_rounds(engine.model, draws)
 
         def respond(rows: int, tokens: int) -> None:
             texts = [prepared.prompt_text for prepared in pick_evenly(held_out, rows)]
-            for draws in rounds:
-                generate_draws(engine.model, layout.tokenizer, texts, draws, max_new_tokens=tokens, batch_size=rows)
+            settings: dict[str, Any] = {"max_new_tokens": tokens, "batch_size": rows}
+            for together in rounds:
+                generate_draws(engine.model, layout.tokenizer, texts, [draw for _, draw in together], **settings)
 
         sampled = evaluated = (0.0, 0.0)
         with engine.autocast():
