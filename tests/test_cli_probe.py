@@ -17,13 +17,14 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.errors import UserError
 from rest_rl.presets import compute_token_weights, score_response
 from rest_rl.probe import run as probe_run
+from rest_rl.probe.gradients import Coordinates, compute_weighted_gradients
 from rest_rl.probe.measure import SampledBatch, measure_gradients
 from rest_rl.probe.report import ProbeReport
 from rest_rl.probe.rules import built_in_rules
 from rest_rl.probe.run import resolve_prompts_per_step
 from rest_rl.probe.sample import SampledGroup, Sampling, sample_groups
 from rest_rl.regions import decode_ids
-from rest_rl.runlog import Observer
+from rest_rl.runlog import SILENT, Observer
 from rest_rl.weights import apply_weight_rule
 from tests.model_families import save_family
 from tests.test_probe import made_probe
@@ -287,6 +288,72 @@ def test_the_model_of_a_run_is_probed_without_the_adapter_that_it_started_from(h
     for data in (None, "office"):
         own = probe_run.resolve_run("office", data, [])
         assert (own.model.path, own.model.adapter, own.data.path) == ("office/model", "", "office")
+
+
+def gradient_of(model: Any) -> dict[str, torch.Tensor]:
+    """The gradient of the log-probability of a response, by the name of the trained parameter."""
+    whole = Coordinates.choose(model, None)
+    (vector_N,) = compute_weighted_gradients(model, [5, 9, 2], [[4, 7, 1]], torch.ones(1, 1, 3), whole)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return dict(zip(names, vector_N.split(whole.parameter_sizes), strict=True))
+
+
+def test_the_gradient_of_a_new_adapter_is_that_of_the_weights_times_its_input_matrix(policy: Path) -> None:
+    overrides = ["peft.r=2", "peft.lora_alpha=6"]
+    full, adapted = (
+        probe_run.load_model(probe_run.resolve_run(policy, None, changes), 3, SILENT) for changes in ([], overrides)
+    )
+    of_weights, of_adapter = gradient_of(full), gradient_of(adapted)
+    assert len(of_adapter) == 2 * 7 * full.config.num_hidden_layers
+    weights, factors = (dict(model.named_parameters()) for model in (full, adapted))
+    for name, found in of_adapter.items():
+        if "lora_A" in name:
+            assert not found.any()  # because B is 0
+            continue
+        own = name.removeprefix("base_model.model.").replace("lora_B.default.", "")
+        expected = of_weights[own].view_as(weights[own]) @ factors[name.replace("lora_B", "lora_A")].T
+        torch.testing.assert_close(found, 6 / 2 * expected.flatten(), rtol=1e-4, atol=1e-6)
+        assert found.norm() > 1e-3
+
+
+def test_the_same_seed_gives_the_same_adapter(policy: Path) -> None:
+    config = probe_run.resolve_run(policy, None, ["peft.r=2"])
+    state = torch.get_rng_state()
+    one, same, other = (
+        next(p.clone() for n, p in probe_run.load_model(config, seed, SILENT).named_parameters() if "lora_A" in n)
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_lora_run_is_probed_at_its_own_adapter(here: Path, policy: Path) -> None:
+    run = RunConfig.from_toml(f'[model]\npath = "{policy}"\n[peft]\nr = 2')
+    trained = probe_run.load_model(run, 0, SILENT)
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    trained.save_pretrained(here / "mine" / "model")
+    (here / "mine" / "config.toml").write_text(run.to_toml(), encoding="utf-8")
+    model = probe_run.load_model(probe_run.resolve_run("mine", None, []), 1, SILENT)
+    found, expected = gradient_of(model), gradient_of(trained)
+    assert found.keys() == expected.keys()
+    for name, vector in found.items():
+        torch.testing.assert_close(vector, expected[name])
+        assert vector.any()  # B is no longer 0, so A has a gradient as well
+
+
+def test_another_rank_than_that_of_the_run_is_refused(
+    here: Path, policy: Path, dialogues: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe_run.load_model(RunConfig.from_toml(f'[model]\npath = "{policy}"\n[peft]\nr = 2'), 0, SILENT).save_pretrained(
+        here / "adapter"
+    )
+    assert run("--model", "adapter", "--data", dialogues, "--lora", "4", *SMALL, "--out", "out") == 2
+    assert "peft.r is 4" in (error := capsys.readouterr().err)
+    assert "has 2" in error
+    assert not (here / "out").exists()
 
 
 @pytest.fixture(scope="module")

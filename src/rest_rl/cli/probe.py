@@ -23,12 +23,15 @@ Formats = Annotated[
     list[str],
     typer.Option("--format", metavar="F", help="tool-call format; repeat it to compare formats (default: auto)"),
 ]
+Lora = Annotated[
+    int | None, typer.Option(metavar="R", help="LoRA adapter of rank R, as in train (default: as in the run)")
+]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="responses in one pass (default: eval.batch_size)")]
 
 EPILOG = """\
 examples:
   rest-rl probe                                    the embedded model
-  rest-rl probe --model Qwen/Qwen3-0.6B --data dialogues.jsonl --prompts 128 --out probes/base
+  rest-rl probe --model Qwen/Qwen3-0.6B --data dialogues.jsonl --lora 16 --out probes/base
   rest-rl probe --model runs/mine --progress 0.5   a trained model, with the data of its run
   rest-rl probe --model DIR --data FILE --format hermes --format toolrl
   rest-rl probe --model shop --env shop            rollouts in an environment, with the credit of its turns
@@ -44,6 +47,7 @@ def probe(
         str | None, typer.Option(metavar="FILE", help="dialogues (default: those of the model's run)")
     ] = None,
     env: Env = None,
+    lora: Lora = None,
     formats: Formats = [],
     prompts: Annotated[int, typer.Option(metavar="N", help="number of prompts, at least 8")] = 96,
     group_size: Annotated[int, typer.Option(metavar="G", help="responses per prompt")] = 8,
@@ -66,6 +70,7 @@ def probe(
     The report predicts the effect of each weight rule on the next step and ends with a recommendation. It is written to
     --out, by default runs/probe-MODEL. With --json, the command prints one JSON object per format instead of tables.
     """
+    overrides = [*([] if lora is None else [f"peft.r={lora}"]), *overrides]
     check(model, [f"env.path={dumps(env)}", *overrides] if env else overrides, formats)
     from rich.console import Console
 

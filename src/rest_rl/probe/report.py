@@ -193,6 +193,7 @@ class ProbeReport:
     coordinates: int
     """Parameters whose gradients were kept."""
     parameters: int
+    """Parameters that training would change: of an adapter, or all."""
     tokens: SampledTokens
     """For the plot of the entropies; not in probe.json."""
     environment: EnvironmentFacts | None = None

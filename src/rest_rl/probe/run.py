@@ -39,7 +39,13 @@ from rest_rl.probe.sample import Sampling, sample_groups
 from rest_rl.probe.variance import max_prompts_per_step
 from rest_rl.runlog import SILENT, Observer, replace_file
 from rest_rl.train.environment import EnvironmentData, read_tasks, with_turn_weights
-from rest_rl.train.policy import load_policy, load_policy_tokenizer, policy_context_length
+from rest_rl.train.policy import (
+    add_adapter,
+    load_policy,
+    load_policy_tokenizer,
+    new_adapter_config,
+    policy_context_length,
+)
 from rest_rl.train.prompts import TrainingData, read_data, render_gold
 from rest_rl.train.request import read_run_source
 from rest_rl.train.trl.settings import with_machine_defaults
@@ -94,13 +100,14 @@ def probe(
     """
     check_numbers(prompts, step, norm_cap)
     config = resolve_run(model, data, overrides, env)  # fails on mistakes before minutes of loading and sampling
+    new_adapter_config(config)  # raises for a bad [peft]
     layouts = build_layouts(config, formats, observer)
     limited = config.with_response_limit(layouts[0].context)
     sampling = build_sampling(limited, group, seed, progress, max_new_tokens, batch_size)
     drawn_prompts = [draw_format(config, own, sampling, prompts, observer, max_new_tokens is None) for own in layouts]
     if out is not None:
         create_folder(Path(out), JSON_FILE)
-    policy, rule, reports = load_model(config, observer), config.rest.resolve().weights, list[ProbeReport]()
+    policy, rule, reports = load_model(config, seed, observer), config.rest.resolve().weights, list[ProbeReport]()
     for layout, (drawn, own) in zip(layouts, drawn_prompts, strict=True):
         size = resolve_prompts_per_step(config, step, len(drawn), observer)
         reports.append(probe_format(policy, layout, drawn, own, rule, size, norm_cap, observer))
@@ -301,9 +308,12 @@ def resolve_prompts_per_step(config: RunConfig, requested: int | None, num_promp
     return min(requested, most)
 
 
-def load_model(config: RunConfig, observer: Observer) -> Any:
-    with observer.track("loading"):
-        model, _ = load_policy(replace(config.model, dtype=with_machine_defaults(config).weights_dtype))
+def load_model(config: RunConfig, seed: int, observer: Observer) -> Any:
+    """Load the policy. Its trainable parameters are those that the run would train: with `[peft]`, an adapter's."""
+    with observer.track("loading"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for a new adapter
+        model, _ = load_policy(replace(config.model, dtype=with_machine_defaults(config).weights_dtype), config.peft)
+        model = add_adapter(model, new_adapter_config(config))
         return model.to(torch.accelerator.current_accelerator() or "cpu")
 
 

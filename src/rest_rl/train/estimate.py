@@ -30,6 +30,7 @@ from rest_rl.config import WORLDS, RunConfig
 from rest_rl.errors import UserError
 from rest_rl.evaluate.shared_attention import find_model_obstacle
 from rest_rl.train.duration import Duration
+from rest_rl.train.policy import add_adapter
 
 GIB = 2**30
 Sharding = Literal["none", "zero1", "zero2", "zero3", "fsdp"]
@@ -186,22 +187,13 @@ def find_sharding(args: Any) -> Sharding:
 
 def count_parameters(model_config: Any, lora: Any = None, *, trust_remote_code: bool = False) -> ParameterCounts:
     """Count the parameters of a model and its adapter without allocating them; tied weights count once."""
-    # Tensors on the meta device have shapes and no storage. peft changes the config that it is given, hence the copies.
+    # Tensors on the meta device have shapes and no storage.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), trust_remote_code=trust_remote_code)
     head, base = model.get_output_embeddings(), sum(p.numel() for p in model.parameters())
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    trained = sum(p.numel() for p in add_lora(model, lora).parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in add_adapter(model, lora).parameters() if p.requires_grad)
     return ParameterCounts(base, trained, linear)
-
-
-def add_lora(model: Any, lora: Any) -> Any:
-    """Return the model with a new adapter of the configuration `lora`, or unchanged if that is None."""
-    if lora is None:
-        return model
-    from peft import get_peft_model
-
-    return get_peft_model(model, copy.deepcopy(lora))
 
 
 # A GRPOConfig generates responses, an SFTConfig does not.
@@ -351,7 +343,7 @@ class _MemoryModel:
         with device:
             model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(self.model_config), dtype=dtype)
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-        model = add_lora(model, self.lora).train()
+        model = add_adapter(model, self.lora).train()
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()

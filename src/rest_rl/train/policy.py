@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -275,6 +276,15 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
         return LoraConfig(**given)
     except (TypeError, ValueError) as error:
         raise UserError(f"peft rejects [peft] = {dict(table)} ({error})", remedy="correct it") from error
+
+
+def add_adapter(model: Any, lora: Any | None) -> Any:
+    """Return the model with a new adapter of the LoraConfig `lora` and frozen weights; the model itself if None."""
+    if lora is None:
+        return model
+    from peft import get_peft_model
+
+    return get_peft_model(model, copy.deepcopy(lora))  # peft changes the config that it is given
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
