@@ -133,8 +133,9 @@ def describe_gradients(report: ProbeReport) -> str:
     """Describe which parameters the gradients cover and how noisy they are."""
     part = "all" if report.coordinates == report.parameters else f"{report.coordinates:,} random entries of"
     return (
-        f"Gradients of {part} {report.parameters:,} trained parameters at progress {report.progress:g}. One prompt has "
-        f"an SNR of {format_estimate(report.snr, 4)}; the largest one contributes {report.heaviest:.0%} of the squared norm."
+        f"Gradients of {part} {report.parameters:,} trained parameters at progress {report.progress:g}. "
+        f"One prompt has an SNR of {format_estimate(report.snr, 4)}; the largest one contributes "
+        f"{report.heaviest:.0%} of the squared norm."
     )
 
 
