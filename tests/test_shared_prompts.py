@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -21,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from rest_rl.evaluate.shared_attention import ATTENTION, Segment, pack
+from rest_rl.evaluate.shared_attention import ATTENTION, Segment, _ResponseLayer, generate_shared, pack
 from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.shared_prompts import regroup
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
@@ -350,7 +352,40 @@ def test_generated_tokens_are_those_of_stock(tokenizer, tmp_path, sampling):
     longest = max(map(len, found[True]))
     assert longest > 33  # the buffer of 32 tokens has grown
     assert sum(counts[False]) == 12 * 6 + 12 * (longest - 1)  # 12 rows, padded to 6 tokens
-    assert sum(counts[True]) == 3 * 5 + 12 * longest  # 3 prompts without their last tokens
+    # 3 prompts without their last tokens, and a row for each token of a response: none after its end.
+    assert sum(counts[True]) == 3 * 5 + sum(map(len, found[True]))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_prompts_whose_responses_have_ended_leave_the_cache(tokenizer, monkeypatch, adapted):
+    kept = []
+
+    def keep(layer, groups, rows):
+        usual(layer, groups, rows)
+        kept.append((len(layer.prompt.keys), len(layer.buffers[0])))
+
+    usual = _ResponseLayer.keep
+    monkeypatch.setattr(_ResponseLayer, "keep", keep)
+    model = random_llama(tokenizer)
+    if adapted:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear"))
+    ends = list(range(20, 60))
+    prompts = torch.tensor([[5, 9, 20], [8, 2, 4], [3, 3, 3], [6, 6, 20]])  # the end of a prompt ends no response
+    options = {
+        "input_ids": prompts.repeat_interleave(3, 0),
+        "attention_mask": torch.ones(12, 3, dtype=torch.long),
+        "generation_config": GenerationConfig(max_new_tokens=50, do_sample=True, eos_token_id=ends, pad_token_id=0),
+    }
+    found = []
+    for shares in (False, True):
+        set_seed(7)
+        model.set_attn_implementation(ATTENTION if shares else "sdpa")
+        generate = partial(generate_shared, model, model.generate, 3) if shares else model.generate
+        with torch.no_grad():
+            found.append(generate(**options))
+    assert torch.equal(*found)
+    assert kept == [(groups, 3 * groups) for groups in (2, 2, 1, 1)]  # in two layers
 
 
 @pytest.mark.parametrize("rows", [[[5, 6]] * 3, [[5, 6], [5, 6], [5, 6], [7, 7]], [[5]] * 4])

@@ -104,8 +104,8 @@ def attend(
     """Scaled dot-product attention in transformers' interface: over a packed row, in shared decoding, or as usual."""
     if segments is not None:
         return _attend_packed(query, key, value, segments, scaling), None
-    if (prompt := getattr(key, "shared_prompt", None)) is not None:
-        return _attend_decoding(query, key, value, prompt, attention_mask, scaling), None
+    if (layer := getattr(key, "shared_layer", None)) is not None:
+        return _attend_decoding(query, key, value, layer, attention_mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
@@ -133,13 +133,16 @@ def _attend_packed(
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
-# One decoding step. `query` is (B, H, 1, d); `key` and `value` (B, K, t, d) are the responses' own. The prompts' keys
-# are (n, K, P, d), and all rows of a group attend to them in one product.
+# One decoding step. `key` and `value` (B, K, t, d) are the responses' own; `query` (L, H, 1, d) has a row for each that
+# has not ended. The prompts' keys are (n, K, P, d), and all rows of a group attend to them in one product.
 def _attend_decoding(
-    query: Tensor, key: Tensor, value: Tensor, prompt: DynamicLayer, mask: Tensor | None, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, layer: _ResponseLayer, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
-    prompt_key, prompt_value = cast(Tensor, prompt.keys), cast(Tensor, prompt.values)
-    (n, K, P, d), B = prompt_key.shape, len(query)
+    prompt_key, prompt_value, rows = cast(Tensor, layer.prompt.keys), cast(Tensor, layer.prompt.values), layer.rows
+    (n, K, P, d), B = prompt_key.shape, len(key)
+    if len(query) < B:
+        query = query.new_zeros(B, *query.shape[1:]).index_copy(0, rows, query)
+        mask = None if mask is None else mask.new_ones(B, *mask.shape[1:]).index_copy(0, rows, mask)
     grouped = query.view(n, B // n, K, -1, d).transpose(1, 2)  # (n, K, G, H / K, d)
     own_key, own_value = (x.unflatten(0, (n, B // n)).transpose(1, 2) for x in (key, value))  # (n, K, G, t, d)
     on_prompt = (grouped.flatten(2, 3) @ prompt_key.mT).view(*grouped.shape[:4], P)
@@ -149,35 +152,76 @@ def _attend_decoding(
     shares = scores.float().softmax(-1).to(value.dtype)
     from_prompt = shares[..., :P].flatten(2, 3) @ prompt_value
     output = from_prompt.view(*grouped.shape[:4], -1) + shares[..., P:] @ own_value
-    return output.transpose(1, 2).reshape(B, 1, query.shape[1], -1)
+    output = output.transpose(1, 2).reshape(B, 1, query.shape[1], -1)
+    return output if len(rows) == B else output[rows]
 
 
 # The cache of one layer in shared decoding. DynamicLayer copies all keys and values for every new token; this buffer
-# doubles instead.
+# doubles instead. `rows` are the rows of the buffer that have not ended; only these are computed.
 class _ResponseLayer(DynamicLayer):
-    def __init__(self, prompt: DynamicLayer) -> None:
+    def __init__(self, prompt: DynamicLayer, rows: Tensor) -> None:
         super().__init__()
-        self.prompt, self.length = prompt, 0
+        self.prompt, self.length, self.rows = prompt, 0, rows
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert key_states.shape[2] == 1, "shared decoding computes one token at a time"
         if self.length == 0:
-            self.buffers = [
-                states.new_empty(*states.shape[:2], 32, states.shape[3]) for states in (key_states, value_states)
-            ]
+            sizes = len(self.rows), key_states.shape[1], 32, key_states.shape[3]
+            self.buffers = [states.new_empty(sizes) for states in (key_states, value_states)]
         elif self.length == self.buffers[0].shape[2]:
             self.buffers = [torch.cat([buffer, torch.empty_like(buffer)], 2) for buffer in self.buffers]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.length] = states[:, :, 0]
+            buffer[self.rows, :, self.length] = states[:, :, 0]
         self.length += 1
         self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
         # The attention function gets these tensors as they are, and finds the prompt here.
-        cast(Any, self.keys).shared_prompt = self.prompt
+        cast(Any, self.keys).shared_layer = self
         return self.keys, self.values
+
+    def keep(self, groups: Tensor, rows: Tensor) -> None:
+        self.prompt.keys, self.prompt.values = (cast(Tensor, x)[groups] for x in (self.prompt.keys, self.prompt.values))
+        self.buffers = [buffer[rows] for buffer in self.buffers]
 
     def get_seq_length(self) -> int:
         return self.prompt.get_seq_length() + self.length
+
+
+# transformers computes all rows until the last one ends. These hooks leave ended rows out of the model, and prompts
+# without other rows out of the cache. The scores of ended rows are 0, which keeps the random numbers of the others.
+class _LiveRows:
+    def __init__(self, layers: list[_ResponseLayer], group_size: int, ends: Tensor) -> None:
+        self.layers, self.group_size, self.ends = layers, group_size, ends
+        self.rows = self.kept = layers[0].rows  # that have not ended, and that are in the cache
+
+    def narrow(self, module: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> Any:
+        ids, is_first = kwargs["input_ids"], self.layers[0].length == 0  # at first, the last tokens of the prompts
+        live = self.rows[~torch.isin(ids[self.rows, -1], self.ends)]
+        if not is_first and 0 < len(live) < len(self.rows):
+            self.drop(live)
+        self.size = len(ids)
+        if len(self.rows) < self.size:
+            batch = {name: kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
+            kwargs.update({name: values[self.rows] for name, values in batch.items() if values is not None})
+        return inputs, kwargs
+
+    def drop(self, live: Tensor) -> None:
+        self.rows = live
+        groups = torch.isin(self.kept, live).view(-1, self.group_size).any(1)
+        if 2 * int(groups.sum()) <= len(groups):  # a copy of the cache, so not for every group
+            rows = groups.repeat_interleave(self.group_size).nonzero()[:, 0]
+            self.kept = self.kept[rows]
+            for layer in self.layers:
+                layer.keep(groups.nonzero()[:, 0], rows)
+        places = torch.searchsorted(self.kept, live)
+        for layer in self.layers:
+            layer.rows = places
+
+    def widen(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if len(self.rows) < self.size:
+            logits = output.logits
+            output.logits = logits.new_zeros(self.size, *logits.shape[1:]).index_copy(0, self.rows, logits)
+        return output
 
 
 def generate_shared(
@@ -214,8 +258,24 @@ def generate_shared(
         use_cache=True,
         logits_to_keep=1,
     )
-    cache.layers = cast(Any, [_ResponseLayer(layer) for layer in cast(list[DynamicLayer], cache.layers)])
-    return usual(past_key_values=cache)
+    rows, bare = torch.arange(B, device=input_ids.device), without_adapter(model)
+    layers = [_ResponseLayer(layer, rows) for layer in cast(list[DynamicLayer], cache.layers)]
+    cache.layers = cast(Any, layers)
+    live = _LiveRows(layers, group_size, torch.tensor(config.eos_token_id or [], dtype=torch.long, device=rows.device))
+    hooks = [
+        bare.register_forward_pre_hook(live.narrow, with_kwargs=True),
+        bare.register_forward_hook(live.widen),
+    ]
+    try:
+        return usual(past_key_values=cache)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def without_adapter(model: Any) -> Any:
+    """Return the transformers model inside a model with PEFT's adapters, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def find_model_obstacle(config: Any) -> str | None:

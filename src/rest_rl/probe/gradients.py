@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rest_rl.errors import UserError
-from rest_rl.evaluate.shared_attention import can_share, compute_packed_logits, sharing
+from rest_rl.evaluate.shared_attention import can_share, compute_packed_logits, sharing, without_adapter
 from rest_rl.loss import collision_mass, token_entropy
 
 
@@ -181,8 +181,7 @@ def compute_response_logits(model: Any, prompt_ids: Sequence[int], ids_BT: Tenso
     mask_BS = torch.cat([torch.ones_like(prompt_BP), mask_BT.long()], dim=1)
     settings: dict[str, Any] = {"use_cache": False}
     # If the model can, skip the vocabulary projection of the prompt: (B, P, V) logits are most of the memory.
-    bare = model.get_base_model() if hasattr(model, "peft_config") else model
-    if "logits_to_keep" in inspect.signature(bare.forward).parameters:
+    if "logits_to_keep" in inspect.signature(without_adapter(model).forward).parameters:
         settings["logits_to_keep"] = width + 1
     output = model(
         input_ids=torch.cat([prompt_BP, ids_BT], dim=1).to(model.device),

@@ -37,6 +37,7 @@ from rest_rl.evaluate.shared_attention import (
     pack,
     relative_difference,
     try_generation,
+    without_adapter,
 )
 from rest_rl.train.policy import quiet_transformers
 
@@ -175,8 +176,7 @@ class SharedPromptTrainer(GRPOTrainer):
             )
 
     def _backbone(self, model: Any) -> nn.Module:
-        bare = self.accelerator.unwrap_model(model)
-        return (bare.get_base_model() if hasattr(bare, "peft_config") else bare).base_model
+        return without_adapter(self.accelerator.unwrap_model(model)).base_model
 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kwargs: Any
