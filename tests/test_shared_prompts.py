@@ -362,7 +362,7 @@ def test_prompts_whose_responses_have_ended_leave_the_cache(tokenizer, monkeypat
 
     def keep(layer, groups, rows):
         usual(layer, groups, rows)
-        kept.append((len(layer.prompt.keys), len(layer.buffers[0])))
+        kept.append((len(layer.prompt_keys), len(layer.buffers[0])))
 
     usual = _ResponseLayer.keep
     monkeypatch.setattr(_ResponseLayer, "keep", keep)

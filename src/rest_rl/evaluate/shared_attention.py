@@ -105,7 +105,7 @@ def attend(
     if segments is not None:
         return _attend_packed(query, key, value, segments, scaling), None
     if (layer := getattr(key, "shared_layer", None)) is not None:
-        return _attend_decoding(query, key, value, layer, attention_mask, scaling), None
+        return _attend_decoding(query, key, value, layer, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
@@ -134,35 +134,36 @@ def _attend_packed(
 
 
 # One decoding step. `key` and `value` (B, K, t, d) are the responses' own; `query` (L, H, 1, d) has a row for each that
-# has not ended. The prompts' keys are (n, K, P, d), and all rows of a group attend to them in one product.
-def _attend_decoding(
-    query: Tensor, key: Tensor, value: Tensor, layer: _ResponseLayer, mask: Tensor | None, scaling: float | None
-) -> Tensor:
-    prompt_key, prompt_value, rows = cast(Tensor, layer.prompt.keys), cast(Tensor, layer.prompt.values), layer.rows
-    (n, K, P, d), B = prompt_key.shape, len(key)
-    if len(query) < B:
+# has not ended. A product with the prompts' keys serves all rows of a group.
+def _attend_decoding(query: Tensor, key: Tensor, value: Tensor, layer: _ResponseLayer, scaling: float | None) -> Tensor:
+    (n, K, d, P), B, rows = layer.prompt_keys.shape, len(key), layer.rows
+    if len(rows) < B:
         query = query.new_zeros(B, *query.shape[1:]).index_copy(0, rows, query)
-        mask = None if mask is None else mask.new_ones(B, *mask.shape[1:]).index_copy(0, rows, mask)
-    grouped = query.view(n, B // n, K, -1, d).transpose(1, 2)  # (n, K, G, H / K, d)
-    own_key, own_value = (x.unflatten(0, (n, B // n)).transpose(1, 2) for x in (key, value))  # (n, K, G, t, d)
-    on_prompt = (grouped.flatten(2, 3) @ prompt_key.mT).view(*grouped.shape[:4], P)
-    scores = torch.cat([on_prompt, grouped @ own_key.mT], -1) * (d**-0.5 if scaling is None else scaling)
-    if mask is not None:  # (B, 1, 1, P + t)
-        scores = scores.masked_fill(~mask.view(n, 1, B // n, 1, -1), -torch.inf)
-    shares = scores.float().softmax(-1).to(value.dtype)
-    from_prompt = shares[..., :P].flatten(2, 3) @ prompt_value
-    output = from_prompt.view(*grouped.shape[:4], -1) + shares[..., P:] @ own_value
-    output = output.transpose(1, 2).reshape(B, 1, query.shape[1], -1)
+    G, scale = B // n, d**-0.5 if scaling is None else scaling
+    grouped = query.reshape(n, G, K, -1, d).transpose(1, 2).reshape(n * K, -1, d)
+    on_prompt = torch.baddbmm(layer.bias, grouped, layer.prompt_keys.flatten(0, 1), alpha=scale)
+    on_own = query.reshape(B * K, -1, d) @ key.flatten(0, 1).mT * scale
+    scores = [on_prompt.view(n, K, G, -1, P).transpose(1, 2), on_own.view(n, G, K, -1, key.shape[2])]
+    shares = torch.cat(scores, -1).float().softmax(-1).to(value.dtype)  # (n, G, K, H / K, P + t)
+    of_prompt, of_own = shares[..., :P].transpose(1, 2), shares[..., P:]
+    from_prompt = of_prompt.reshape(n * K, -1, P) @ layer.prompt_values.flatten(0, 1)
+    from_own = of_own.reshape(B * K, -1, key.shape[2]) @ value.flatten(0, 1)
+    d = value.shape[-1]
+    output = from_prompt.view(n, K, G, -1, d).transpose(1, 2) + from_own.view(n, G, K, -1, d)
+    output = output.reshape(B, 1, -1, d)
     return output if len(rows) == B else output[rows]
 
 
 # The cache of one layer in shared decoding. DynamicLayer copies all keys and values for every new token; this buffer
 # doubles instead. `rows` are the rows of the buffer that have not ended; only these are computed.
 class _ResponseLayer(DynamicLayer):
-    def __init__(self, prompt: DynamicLayer, rows: Tensor) -> None:
+    def __init__(self, prompt: DynamicLayer, mask_nP: Tensor, rows: Tensor) -> None:
         super().__init__()
-        self.prompt, self.length, self.rows = prompt, 0, rows
-        self.is_initialized = True
+        self.length, self.rows, self.is_initialized = 0, rows, True
+        keys, self.prompt_values = cast(Tensor, prompt.keys), cast(Tensor, prompt.values)
+        self.prompt_keys = keys.mT.contiguous()  # (n, K, d, P), which is faster
+        bias_nP = torch.zeros_like(mask_nP, dtype=keys.dtype).masked_fill(mask_nP == 0, -torch.inf)
+        self.bias = bias_nP.repeat_interleave(keys.shape[1], 0)[:, None]  # added to scores, (n K, 1, P)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert key_states.shape[2] == 1, "shared decoding computes one token at a time"
@@ -180,11 +181,12 @@ class _ResponseLayer(DynamicLayer):
         return self.keys, self.values
 
     def keep(self, groups: Tensor, rows: Tensor) -> None:
-        self.prompt.keys, self.prompt.values = (cast(Tensor, x)[groups] for x in (self.prompt.keys, self.prompt.values))
+        self.bias = self.bias.view(len(self.prompt_keys), -1, self.bias.shape[-1])[groups].flatten(0, 1)[:, None]
+        self.prompt_keys, self.prompt_values = self.prompt_keys[groups], self.prompt_values[groups]
         self.buffers = [buffer[rows] for buffer in self.buffers]
 
     def get_seq_length(self) -> int:
-        return self.prompt.get_seq_length() + self.length
+        return self.prompt_keys.shape[-1] + self.length
 
 
 # transformers computes all rows until the last one ends. These hooks leave ended rows out of the model, and prompts
@@ -193,13 +195,13 @@ class _LiveRows:
     def __init__(self, layers: list[_ResponseLayer], group_size: int, ends: Tensor) -> None:
         self.layers, self.group_size, self.ends = layers, group_size, ends
         self.rows = self.kept = layers[0].rows  # that have not ended, and that are in the cache
+        self.size = len(self.rows)
 
     def narrow(self, module: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> Any:
         ids, is_first = kwargs["input_ids"], self.layers[0].length == 0  # at first, the last tokens of the prompts
         live = self.rows[~torch.isin(ids[self.rows, -1], self.ends)]
         if not is_first and 0 < len(live) < len(self.rows):
             self.drop(live)
-        self.size = len(ids)
         if len(self.rows) < self.size:
             batch = {name: kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
             kwargs.update({name: values[self.rows] for name, values in batch.items() if values is not None})
@@ -259,13 +261,14 @@ def generate_shared(
         logits_to_keep=1,
     )
     rows, bare = torch.arange(B, device=input_ids.device), without_adapter(model)
-    layers = [_ResponseLayer(layer, rows) for layer in cast(list[DynamicLayer], cache.layers)]
+    layers = [_ResponseLayer(layer, mask_nP, rows) for layer in cast(list[DynamicLayer], cache.layers)]
     cache.layers = cast(Any, layers)
-    live = _LiveRows(layers, group_size, torch.tensor(config.eos_token_id or [], dtype=torch.long, device=rows.device))
-    hooks = [
-        bare.register_forward_pre_hook(live.narrow, with_kwargs=True),
-        bare.register_forward_hook(live.widen),
-    ]
+    live, hooks = _LiveRows(layers, group_size, torch.tensor(config.eos_token_id or [], dtype=torch.long)), []
+    if rows.device.type == "cpu":  # on GPUs, where it has not been measured, a step hardly depends on the rows
+        hooks = [
+            bare.register_forward_pre_hook(live.narrow, with_kwargs=True),
+            bare.register_forward_hook(live.widen),
+        ]
     try:
         return usual(past_key_values=cache)
     finally:
