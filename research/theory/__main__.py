@@ -144,7 +144,7 @@ def run_theory(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     create_folder(out, JSON_FILE)
-    model = load_model(config, screen)
+    model = load_model(config, arguments.seed, screen)
     found, what = sample_and_measure(model, layout, (pilot, judged), samplings, settings, screen)
     content = {"measured on": what, **to_mapping(found, settings)}
     if arguments.json:

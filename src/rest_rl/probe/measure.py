@@ -29,7 +29,7 @@ from rest_rl.regions import region_means, region_sums
 from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.weights import RegionStatistics, TaggedBatch, WeightRule, apply_weight_rule, get_region_weights
 
-RULES_PER_PASS = 3
+RULES_PER_PASS = 7
 """Rules that share a forward pass and whose gradients are in memory at the same time."""
 MAX_GRADIENT_BYTES = 2**31
 """Limit for the gradients in memory; a larger model keeps a random subset of its coordinates."""
