@@ -420,7 +420,7 @@ def choose_run_file(changes: Mapping[str, Any]) -> str:
         return "shop.toml"
     if paths["data"] == "office" and paths["model"] in (None, "smollm2"):
         return "office.toml"
-    if paths["model"] == "smollm2":
+    if paths["model"] in ("smollm2", "smollm2-office"):
         return "smollm2.toml"
     return "own_model.toml" if any(paths.values()) else "tool_world.toml"
 
