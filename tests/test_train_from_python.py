@@ -20,7 +20,8 @@ from rest_rl.errors import UserError
 from rest_rl.runlog import Observer, read_run
 from rest_rl.train.named_models import embedded_model_dir
 from rest_rl.train.request import resolve_run
-from rest_rl.train.run import RunResult, estimate_run, make_plan, warn_about_memory
+from rest_rl.train.run import RunResult, estimate_run, find_missing_format, make_plan, warn_about_memory
+from tests.model_families import save_family
 from tests.tiny_policy import tiny_run
 
 RULE = """
@@ -59,6 +60,27 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**found, "eval": {"max_new_tokens": 20}}
 
 
+def test_a_model_that_never_writes_a_call_is_recommended_sft_first(tables: dict[str, Any], tmp_path: Path) -> None:
+    heard, model = Heard(), save_family("qwen3", tmp_path / "untrained")
+    own = {**tables, "model": {"path": str(model)}, "rest": {"format": "hermes"}}
+    result = rest_rl.train(own, out=tmp_path / "run", observer=heard)  # pyright: ignore[reportCallIssue]
+    assert result.before is not None
+    number = result.before["calls"]["n"]
+    (warning,) = (text for text in heard.said if "rest-rl sft" in text)
+    assert f"on any of {number} held-out call turns" in warning
+
+
+@pytest.mark.parametrize(
+    ("n", "sampled", "greedy", "warns"),
+    [(8, 0.0, 0.0, True), (8, 0.1, 0.0, False), (8, 0.0, 0.1, False), (7, 0.0, 0.0, False)],
+)
+def test_one_readable_call_or_few_call_turns_give_no_warning(
+    n: int, sampled: float, greedy: float, warns: bool
+) -> None:
+    scores: dict[str, Any] = {"calls": {"n": n, "s_format": sampled}, "greedy": {"calls": {"n": n, "s_format": greedy}}}
+    assert (find_missing_format(scores) is not None) == warns
+
+
 def test_train_runs_in_a_thread_and_returns_the_result(
     tables: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +99,7 @@ def test_train_runs_in_a_thread_and_returns_the_result(
     assert (result.before, result.after) == (run.summary["before"], run.summary["after"])
     assert result.model == tmp_path / "run" / "model"
     assert heard.steps == [1, 2, 3, 4]
+    assert not any("rest-rl sft" in text for text in heard.said)
     again = rest_rl.train(RunConfig.from_toml(run.config), out=tmp_path / "again")  # pyright: ignore[reportCallIssue]
     assert (again.before, again.after) == (result.before, result.after)
     with pytest.raises(UserError, match="already contains a run"):

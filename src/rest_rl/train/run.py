@@ -64,6 +64,7 @@ from rest_rl.train.weighing import try_weight_rule
 
 # An estimate counts the tokens of at most this many prompts.
 MAX_COUNTED_PROMPTS = 2000
+MIN_CALL_TURNS = 8
 
 
 @dataclass(frozen=True)
@@ -432,7 +433,7 @@ class HeldOutEvaluator:
         config, layout = plan.config, plan.layout
         self.engine, self.log, self.observer = engine, log, observer
         limit = response_limit(config, [render_gold(sample.sample, layout) for _, sample in samples], layout)
-        self.every = config.eval.every
+        self.every, self.is_supervised = config.eval.every, config.rest.is_supervised
         room = layout.context or sys.maxsize
         self.prompts = [
             HeldOutPrompt(s.prompt_text, s.sample, split, min(limit, room - len(s.prompt_ids))) for split, s in samples
@@ -449,6 +450,8 @@ class HeldOutEvaluator:
         scores = self.engine.evaluate(self.prompts)
         if scores is not None:
             self.log.update_summary(**{when: scores})
+            if when == "before" and not self.is_supervised and (warning := find_missing_format(scores)):
+                self.observer.say(warning)
 
     def after_step(self, step: int) -> Row | None:
         """Evaluate on the interim prompts every `eval.every` steps; return the row for the run folder, else None."""
@@ -462,6 +465,18 @@ class HeldOutEvaluator:
         self.log.add_timing({"step": step, "evaluation_time": perf_counter() - begin})
         self.observer.say(f"step {step}: exact match {'; '.join(format_scores(scores))}")
         return row
+
+
+def find_missing_format(scores: Mapping[str, Any]) -> str | None:
+    """Return a warning if no response to a held-out call turn, greedy or sampled, is in the format; else None."""
+    both = [own.get("calls", {}) for own in (scores, scores.get("greedy", {}))]
+    if not all(own.get("n", 0) >= MIN_CALL_TURNS and own["s_format"] == 0 for own in both):
+        return None
+    return (
+        f"warning: the model did not write a readable call on any of {both[0]['n']} held-out call turns. Where all "
+        "rewards are equal, reinforcement learning has nothing to learn from: stop, and train the model on the gold "
+        "responses first (rest-rl sft)"
+    )
 
 
 # Greedy and sampled exact match with their standard errors: for call turns, then for answer turns, or for all turns.
