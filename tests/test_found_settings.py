@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from rest_rl.config import EMBEDDED, RunConfig
+from rest_rl.config import EMBEDDED, RunConfig, choose_run_file
 from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.held_out import derive_response_limit
 from rest_rl.runlog import Observer
@@ -34,6 +34,22 @@ class Heard(Observer):
 
     def say(self, text: str) -> None:
         self.said.append(text)
+
+
+def test_a_run_that_goes_on_from_smollm2_gets_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, model in (("sft", "smollm2"), ("rl", "runs/sft/model"), ("big", "a-model"), ("loop", "runs/loop")):
+        (tmp_path / "runs" / name / "model").mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.toml").write_text(f'[model]\npath = "{model}"', encoding="utf-8")
+    (tmp_path / "other").mkdir()
+    for text in ("model = 3", "[model]\npath = 3", "[model", "\xff"):
+        (tmp_path / "other" / "config.toml").write_bytes(text.encode("latin-1"))
+        assert choose_run_file({"model": {"path": "other"}}) == "own_model.toml"
+    small = ("smollm2", "smollm2-office", "runs/sft", "runs/sft/model", "runs/rl")
+    for path in (*small, "a-model", "runs/big", "runs/loop"):
+        start = "smollm2" if path in small else "own_model"
+        for given, name in (({}, f"{start}.toml"), ({"rest": {"preset": "tsft"}}, f"{start}_sft.toml")):
+            assert choose_run_file({"model": {"path": path}, **given}) == name
 
 
 def run(model: str = "a-model", **trl: Any) -> RunConfig:

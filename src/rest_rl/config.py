@@ -12,6 +12,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -414,15 +415,27 @@ def choose_run_file(changes: Mapping[str, Any]) -> str:
     """Return the name of the package's run file that suits a run with these changes, given as tables."""
     # The tool world's settings do not suit your own model or data, so such runs start from other defaults.
     paths = {table: changes.get(table, {}).get("path") for table in ("model", "data", "env")}
+    is_small = find_base_model(paths["model"]) in ("smollm2", "smollm2-office")
     if changes.get("rest", {}).get("preset") in SUPERVISED:
-        return "own_model_sft.toml"
+        return "smollm2_sft.toml" if is_small else "own_model_sft.toml"
     if paths["env"] == "shop" and paths["model"] in (None, "shop"):
         return "shop.toml"
     if paths["data"] == "office" and paths["model"] in (None, "smollm2"):
         return "office.toml"
-    if paths["model"] in ("smollm2", "smollm2-office"):
+    if is_small:
         return "smollm2.toml"
     return "own_model.toml" if any(paths.values()) else "tool_world.toml"
+
+
+def find_base_model(path: Any) -> Any:
+    """Return the model from which the runs started that led to the model at `path`, or `path` if no run did."""
+    seen: list[Any] = []
+    while isinstance(path, str) and path not in seen:
+        seen.append(path)
+        files = (folder / CONFIG for folder in (Path(path), Path(path).parent))
+        with suppress(StopIteration, OSError, ValueError, KeyError, TypeError):  # no file, or that of another program
+            path = tomllib.loads(next(filter(Path.is_file, files)).read_text(encoding="utf-8"))["model"]["path"]
+    return path
 
 
 def read_asset(name: str = "tool_world.toml") -> str:
