@@ -372,9 +372,11 @@ def predict_lengths(golds: Sequence[str], layout: PromptLayout, number: int, lim
 
 def estimate_plan(plan: RunPlan, *, measure: bool = False) -> Estimate:
     """Estimate a run on TRL; with `measure`, run a forward and backward pass on this machine's GPU."""
-    engine: Any = plan.engine
+    engine, config = cast(Any, plan.engine), plan.config
+    golds = [render_gold(each.sample, plan.layout) for _, each in plan.data.held_out]
+    limit = response_limit(config, golds, plan.layout)  # that of the evaluations
     return estimate_resources(
-        plan.config,
+        replace(config, eval=replace(config.eval, max_new_tokens=limit)),
         load_policy_config(plan.config.model),
         engine.args,
         lora=lora_config(plan.config.peft),
