@@ -17,6 +17,7 @@ import pytest
 import rest_rl
 from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
+from rest_rl.evaluate.held_out import derive_response_limit
 from rest_rl.runlog import Observer, read_run
 from rest_rl.train.named_models import embedded_model_dir
 from rest_rl.train.request import resolve_run
@@ -110,6 +111,19 @@ def test_an_estimate_writes_nothing(tables: dict[str, Any], tmp_path: Path) -> N
     estimate = estimate_run(tables, out=tmp_path / "run")
     assert (estimate.work.steps, estimate.work.samples) == (4, 8)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_estimate_of_a_supervised_run_knows_how_long_its_evaluations_generate(
+    tables: dict[str, Any], tmp_path: Path
+) -> None:
+    trl = {"max_steps": 4, "max_length": 500, "use_cpu": True, "bf16": False}
+    own = {**tables, "rest": {"preset": "sft"}, "trl": trl, "eval": {"max_new_tokens": 0}}
+    plan = make_plan(own, out=tmp_path / "run")
+    limit = derive_response_limit(plan.render_golds(), plan.layout, 500)  # the held-out prompts are those of training
+    estimate = estimate_run(own, out=tmp_path / "run")
+    (cache,) = (part.how for part in estimate.parts if part.name == "KV cache")
+    assert limit < 400
+    assert f"held-out responses at once, {limit} tokens each" in cache
 
 
 def test_an_estimate_for_another_machine_needs_no_vllm(tables: dict[str, Any], tmp_path: Path) -> None:
