@@ -100,7 +100,6 @@ def probe(
     """
     check_numbers(prompts, step, norm_cap)
     config = resolve_run(model, data, overrides, env)  # fails on mistakes before minutes of loading and sampling
-    new_adapter_config(config)  # raises for a bad [peft]
     layouts = build_layouts(config, formats, observer)
     limited = config.with_response_limit(layouts[0].context)
     sampling = build_sampling(limited, group, seed, progress, max_new_tokens, batch_size)
@@ -231,6 +230,7 @@ def build_sampling(
 
 def build_layouts(config: RunConfig, formats: Sequence[str], observer: Observer) -> list[PromptLayout]:
     """Return a prompt layout for each distinct format, or only for the run's format if `formats` is empty."""
+    new_adapter_config(config)  # raises for a [peft] that does not fit the model
     tokenizer, variables = load_policy_tokenizer(config.model, observer), config.model.chat_template_kwargs
     names = [
         resolve_format(name, tokenizer, variables, keeps_prompts=config.data.keep_prompts)[0]
