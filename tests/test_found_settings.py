@@ -45,7 +45,9 @@ def test_a_run_that_goes_on_from_smollm2_gets_its_settings(tmp_path: Path, monke
     for text in ("model = 3", "[model]\npath = 3", "[model", "\xff"):
         (tmp_path / "other" / "config.toml").write_bytes(text.encode("latin-1"))
         assert choose_run_file({"model": {"path": "other"}}) == "own_model.toml"
-    small = ("smollm2", "smollm2-office", "runs/sft", "runs/sft/model", "runs/rl")
+    (tmp_path / "runs" / "sft" / "checkpoints" / "checkpoint-8").mkdir(parents=True)
+    (tmp_path / "config.toml").write_text('[model]\npath = "smollm2"', encoding="utf-8")  # the run in this folder
+    small = ("smollm2", "smollm2-office", "runs/sft", "runs/sft/model", "runs/rl", "runs/sft/checkpoints/checkpoint-8")
     for path in (*small, "a-model", "runs/big", "runs/loop"):
         start = "smollm2" if path in small else "own_model"
         for given, name in (({}, f"{start}.toml"), ({"rest": {"preset": "tsft"}}, f"{start}_sft.toml")):

@@ -27,7 +27,7 @@ from rest_rl.errors import UserError, warn_renamed
 from rest_rl.objects import UserObject, add_search_folder
 from rest_rl.presets import RENAMED_PRESETS, REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
 from rest_rl.rewards import try_reward
-from rest_rl.runlog import CONFIG, ENVIRONMENT, add_module_folders, read_toml_text
+from rest_rl.runlog import CHECKPOINTS, CONFIG, ENVIRONMENT, MODEL, add_module_folders, read_toml_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -430,11 +430,12 @@ def choose_run_file(changes: Mapping[str, Any]) -> str:
 def find_base_model(path: Any) -> Any:
     """Return the model from which the runs started that led to the model at `path`, or `path` if no run did."""
     seen: list[Any] = []
-    while isinstance(path, str) and path not in seen:
+    while isinstance(path, str) and path not in seen and (folder := Path(path).absolute()).is_dir():
         seen.append(path)
-        files = (folder / CONFIG for folder in (Path(path), Path(path).parent))
-        with suppress(StopIteration, OSError, ValueError, KeyError, TypeError):  # no file, or that of another program
-            path = tomllib.loads(next(filter(Path.is_file, files)).read_text(encoding="utf-8"))["model"]["path"]
+        run = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+        run = folder.parent if folder.name == MODEL else run
+        with suppress(OSError, ValueError, KeyError, TypeError):  # no file, or that of another program
+            path = tomllib.loads((run / CONFIG).read_text(encoding="utf-8"))["model"]["path"]
     return path
 
 
