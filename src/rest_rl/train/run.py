@@ -475,9 +475,8 @@ def find_missing_format(scores: Mapping[str, Any]) -> str | None:
     if not all(own.get("n", 0) >= MIN_CALL_TURNS and own["s_format"] == 0 for own in both):
         return None
     return (
-        f"warning: the model did not write a readable call on any of {both[0]['n']} held-out call turns. Where all "
-        "rewards are equal, reinforcement learning has nothing to learn from: stop, and train the model on the gold "
-        "responses first (rest-rl sft)"
+        f"warning: the model wrote no readable call on any of {both[0]['n']} held-out call turns. Reinforcement "
+        "learning has nothing to start from: stop, and train the model on the gold responses first (rest-rl sft)"
     )
 
 
