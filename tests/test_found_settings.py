@@ -48,7 +48,7 @@ def test_a_run_that_goes_on_from_smollm2_gets_its_settings(tmp_path: Path, monke
     (tmp_path / "runs" / "sft" / "checkpoints" / "checkpoint-8").mkdir(parents=True)
     (tmp_path / "config.toml").write_text('[model]\npath = "smollm2"', encoding="utf-8")  # the run in this folder
     small = ("smollm2", "smollm2-office", "runs/sft", "runs/sft/model", "runs/rl", "runs/sft/checkpoints/checkpoint-8")
-    for path in (*small, "a-model", "runs/big", "runs/loop"):
+    for path in (*small, "a-model", "runs/big", "runs/loop", "a" * 300, "a\0b"):
         start = "smollm2" if path in small else "own_model"
         for given, name in (({}, f"{start}.toml"), ({"rest": {"preset": "tsft"}}, f"{start}_sft.toml")):
             assert choose_run_file({"model": {"path": path}, **given}) == name

@@ -430,11 +430,11 @@ def choose_run_file(changes: Mapping[str, Any]) -> str:
 def find_base_model(path: Any) -> Any:
     """Return the model from which the runs started that led to the model at `path`, or `path` if no run did."""
     seen: list[Any] = []
-    while isinstance(path, str) and path not in seen and (folder := Path(path).absolute()).is_dir():
-        seen.append(path)
-        run = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
-        run = folder.parent if folder.name == MODEL else run
-        with suppress(OSError, ValueError, KeyError, TypeError):  # no file, or that of another program
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no file, or that of another program
+        while isinstance(path, str) and path not in seen and (folder := Path(path).absolute()).is_dir():
+            seen.append(path)
+            run = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+            run = folder.parent if folder.name == MODEL else run
             path = tomllib.loads((run / CONFIG).read_text(encoding="utf-8"))["model"]["path"]
     return path
 
