@@ -38,7 +38,6 @@ def test_the_interval_of_a_mean_is_students() -> None:
     assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 2.484138, 2 + 2.484138), abs=1e-6)
     assert mean_interval([0.4])[0] == 0.4
     assert math.isnan(mean_interval([0.4]).low)
-    assert not mean_interval([0.4]).excludes_zero
     assert math.isnan(mean_interval([]).value)
 
 

@@ -22,15 +22,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 is outside the interval; False for unknown limits."""
-        return self.low > 0 or self.high < 0
-
 
 def q_values(p_values: Sequence[float]) -> list[float]:
     """Return Benjamini and Hochberg's q-values, which bound the expected share of false positives.

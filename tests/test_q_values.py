@@ -1,4 +1,4 @@
-"""Intervals and q-values, by hand-computed numbers."""
+"""q-values, by hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,7 @@ import math
 
 import pytest
 
-from rest_rl.statistics import Interval, q_values
-
-
-def test_an_unknown_interval_excludes_nothing() -> None:
-    assert Interval(1.0, 0.5, 1.5).excludes_zero
-    assert Interval(-1.0, -1.5, -0.5).excludes_zero
-    assert not Interval(1.0, -0.5, 2.5).excludes_zero
-    assert not Interval(1.0, math.nan, math.nan).excludes_zero
-    assert Interval(1.0, 0.5, 1.5).half_width == 0.5
+from rest_rl.statistics import q_values
 
 
 def test_q_values_by_hand() -> None:
