@@ -82,6 +82,13 @@ def test_one_readable_call_or_few_call_turns_give_no_warning(
     assert (find_missing_format(scores) is not None) == warns
 
 
+def test_the_warning_names_calls_in_another_form() -> None:
+    calls = {"n": 8, "s_format": 0.0, "unread_calls": 0.25}
+    assert "(25% of the responses are calls as JSON in another form)" in str(
+        find_missing_format({"calls": calls, "greedy": {"calls": {**calls, "unread_calls": 0.0}}})
+    )
+
+
 def test_train_runs_in_a_thread_and_returns_the_result(
     tables: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.held_out import HeldOutPrompt, score_responses
 from rest_rl.formats import FORMATS
+from rest_rl.formats.detect import is_json_call
 from rest_rl.presets import PRESETS, score_response
 from rest_rl.probe.sample import Sampling, tag_and_score
 from rest_rl.report.html import build_page_data
@@ -108,6 +109,58 @@ def test_held_out_evaluation_and_the_probe_detect_cut_off_responses() -> None:
     for own, exact in zip(ids, (True, False, True, False), strict=True):
         gold = CALL_GOLD if own[: len(call)] == call else Gold((), "ok")
         assert tag_and_score(own, gold, layout, Sampling(), ends).is_exact is exact
+
+
+CALL_IN_JSON = '{"name": "find", "arguments": {"city": "Oslo"}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CALL_IN_JSON,
+        f"```json\n{CALL_IN_JSON}\n```",
+        f"I look it up:\n\n```\n[{CALL_IN_JSON}]\n```\nDone.",
+        f"```json{CALL_IN_JSON}",
+        CALL_IN_JSON.replace("arguments", "parameters"),
+    ],
+)
+def test_a_call_written_as_json_text_is_recognized(text: str) -> None:
+    assert is_json_call(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "It rains in Oslo.",
+        '{"name": "Oslo", "population": 700000}',
+        '```json\n{"name": 3, "arguments": {}}\n```',
+        '{"name": "find", "arguments": "Oslo"}',
+        '{"name": "find", "arguments": {"city": ',
+        "{" * 100_000,
+        '{"a":' * 100_000,
+        "```json\n" * 20_000,
+        "a" * 100_000,
+    ],
+)
+def test_other_text_is_no_call_as_json(text: str) -> None:
+    assert not is_json_call(text)
+
+
+def test_the_evaluation_counts_calls_that_the_format_does_not_read() -> None:
+    tokenizer = tiny_tokenizer()
+    ends = [tokenizer.eos_token_id]
+    prompts = [
+        HeldOutPrompt("", sample, "held out", 99) for sample in (*tiny_samples(1), *map(answer_sample, range(3)))
+    ]
+    call = FORMATS["hermes"].render(None, (ToolCall("find", {"city": "Oslo"}),), None)
+    texts = [CALL_IN_JSON, f"```json\n{CALL_IN_JSON}\n```", "It rains.", call]
+    ids = [[*tokenizer(text)["input_ids"], *ends] for text in texts]
+    scores = summarize(score_responses(ids, prompts, tokenizer, FORMATS["hermes"], ends))
+    assert (scores["calls"]["unread_calls"], scores["calls"]["exact_match"]) == (1, 0)
+    assert (scores["answers"]["unread_calls"], scores["answers"]["exact_match"]) == (1 / 3, 2 / 3)
+    (shown,) = (row for row in before_after_rows({"after": {**scores, "greedy": {}}}) if "unread" in row[0])
+    assert shown == ("    unread calls", "", "– → 33.3", "", "", "")
 
 
 def test_scored_rows_and_recorded_responses_can_be_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

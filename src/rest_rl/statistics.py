@@ -183,6 +183,8 @@ class Outcome(NamedTuple):
     s_acc: float
     s_format: float
     turn: Turn
+    unread_call: bool | None = None
+    """Whether the response is a call as JSON that its format does not read; None if this was not examined."""
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -206,11 +208,13 @@ def mean_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
     n = len(outcomes)
     if n == 0:
         return {"n": 0}
+    unread = [outcome.unread_call for outcome in outcomes if outcome.unread_call is not None]
     return {
         "exact_match": sum(outcome.exact_match for outcome in outcomes) / n,
         "s_acc": sum(outcome.s_acc for outcome in outcomes) / n,
         "s_format": sum(outcome.s_format for outcome in outcomes) / n,
         "exact_match_error": standard_error(outcomes),
+        **({"unread_calls": sum(unread) / len(unread)} if unread else {}),
         "n": n,
     }
 

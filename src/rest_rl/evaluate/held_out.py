@@ -2,8 +2,9 @@
 
 Responses are greedy, sampled at temperature 1, and sampled at a low temperature: training that only sharpens the policy
 raises scores at temperature 1 to what the low temperature gives before training. Scores are reported in total, per kind
-of sample, per split of the held-out set, and for call turns and answer turns, each with its number of responses `n` and
-the standard error of exact match over prompts.
+of sample, per split of the held-out set, and for call turns and answer turns, each with the number of responses `n`,
+the standard error of exact match over prompts, and the share of responses that are calls as JSON which the format does
+not read (`unread_calls`). On answer turns, the other scores count them as answers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.generate import Draw, EntropyMeter, decoding_steps, eos_token_ids, generate_draws, has_ended
 from rest_rl.evaluate.shared_attention import can_share
 from rest_rl.formats import ToolFormat
+from rest_rl.formats.detect import is_json_call
 from rest_rl.regions import decode_ids
 from rest_rl.rewards import judge
 from rest_rl.runlog import SILENT, Observer
@@ -142,5 +144,6 @@ def score_responses(
         text, gold = decode_ids(ids, tokenizer, tool_format.tags), prompt.sample.gold
         found = judge(text, gold, tool_format, truncated=not has_ended(ids, ends))
         scores = float(found.exact_match), found.accuracy, found.format
-        outcomes.append(Outcome(prompt.sample.kind, prompt.split, index, *scores, gold.turn))
+        unread = not found.parsed.calls and is_json_call(found.parsed.answer or text)
+        outcomes.append(Outcome(prompt.sample.kind, prompt.split, index, *scores, gold.turn, unread))
     return outcomes

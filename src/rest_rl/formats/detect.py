@@ -1,19 +1,23 @@
-"""Detects the format of responses by parsing them with every format."""
+"""Detects the format of responses by parsing them with every format, and calls that are written as JSON text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 from rest_rl.formats import FORMATS, OpenedThinkFormat, ToolFormat, get_format
 from rest_rl.formats.opened_think import OPENING_TAGS
+from rest_rl.json_spans import decode_at
 
 AUTO = "auto"
 # Only the first responses are parsed, at most this many.
 MAX_RESPONSES = 200
 # Only the first characters of each response are parsed, at most this many.
 MAX_CHARACTERS = 10_000
+# What may precede the object of a call in JSON: the language of a code fence, and the bracket of a list.
+_BEFORE_CALL = re.compile(r"\s*\w*\s*\[?\s*(?=\{)")
 
 
 class FormatReading(NamedTuple):
@@ -59,3 +63,14 @@ def measure_format(tool_format: ToolFormat, texts: Sequence[str]) -> FormatReadi
         sum(each.attempted_call for each in parsed),
         sum(each.well_formed and not each.problems for each in parsed),
     )
+
+
+def is_json_call(text: str) -> bool:
+    """Return whether a text is a call as JSON (`name` and `arguments` or `parameters`), or has one in a code fence."""
+    parts = text.split("```")
+    for part in parts[1::2] or parts:
+        if before := _BEFORE_CALL.match(part):
+            value, _ = decode_at(part, before.end())
+            if isinstance(value, dict) and isinstance(value.get("name"), str):
+                return any(isinstance(value.get(key), dict) for key in ("arguments", "parameters"))
+    return False

@@ -226,8 +226,9 @@ def before_after_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
     Greedy scores come first, then those at temperature 1 with the policy entropy in nats, then those at a low
     temperature; kinds of responses that neither evaluation has are left out. In each, call turns come first, then
-    answer turns and all turns, if the evaluations separate them. The first also have a row for each kind of task and
-    each split if there are several.
+    answer turns (and the share of them that are calls which the format does not read, if there are any) and all turns,
+    if the evaluations separate them. The first also have a row for each kind of task and each split if there are
+    several.
     """
     pair = [summary.get(when) or {} for when in ("before", "after")]
     turn = headline_turn(pair)
@@ -237,7 +238,7 @@ def before_after_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             return [before_after_row(name, *pair)]
         names = {"calls": f"{name.removeprefix('sampled, ')}, calls", "answers": "  answers"}
         apart = [before_after_row(names[each], *(scores.get(each) for scores in pair)) for each in TURNS]
-        return [*apart, before_after_row("  all turns", *pair)]
+        return [*apart, *unread_call_rows(pair), before_after_row("  all turns", *pair)]
 
     rows: list[tuple[str, ...]] = []
     for name, scores in decodings(pair).items():
@@ -262,6 +263,14 @@ def breakdown_rows(pair: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...
         names = list(dict.fromkeys(name for part in parts for name in part))
         for name in names if len(names) > 1 else ():  # a single name would repeat the row above
             yield before_after_row(f"  {name.replace('_', ' ')}", *(part.get(name) for part in parts))
+
+
+def unread_call_rows(pair: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    # Calls that the format does not read count as answers, so a high score on answer turns may consist of them.
+    shares = [(scores.get("answers") or {}).get("unread_calls") for scores in pair]
+    if not any(shares):
+        return []
+    return [("    unread calls", "", " → ".join(map(format_percent, shares)), "", "", "")]
 
 
 def entropy_rows(pair: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

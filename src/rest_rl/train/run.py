@@ -474,8 +474,10 @@ def find_missing_format(scores: Mapping[str, Any]) -> str | None:
     both = [own.get("calls", {}) for own in (scores, scores.get("greedy", {}))]
     if not all(own.get("n", 0) >= MIN_CALL_TURNS and own["s_format"] == 0 for own in both):
         return None
+    unread = max(own.get("unread_calls", 0) for own in both)
+    form = f" ({100 * unread:.0f}% of the responses are calls as JSON in another form)" if unread else ""
     return (
-        f"warning: the model wrote no readable call on any of {both[0]['n']} held-out call turns. Reinforcement "
+        f"warning: the model wrote no readable call on any of {both[0]['n']} held-out call turns{form}. Reinforcement "
         "learning has nothing to start from: stop, and train the model on the gold responses first (rest-rl sft)"
     )
 
