@@ -160,7 +160,7 @@ def test_the_evaluation_counts_calls_that_the_format_does_not_read() -> None:
     assert (scores["calls"]["unread_calls"], scores["calls"]["exact_match"]) == (1, 0)
     assert (scores["answers"]["unread_calls"], scores["answers"]["exact_match"]) == (1 / 3, 2 / 3)
     (shown,) = (row for row in before_after_rows({"after": {**scores, "greedy": {}}}) if "unread" in row[0])
-    assert shown == ("    unread calls", "", "– → 33.3", "", "", "")
+    assert shown == ("  unread calls", "", "– → 33.3", "", "", "")
 
 
 def test_scored_rows_and_recorded_responses_can_be_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -270,7 +270,7 @@ def unread_call_rows(pair: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]
     shares = [(scores.get("answers") or {}).get("unread_calls") for scores in pair]
     if not any(shares):
         return []
-    return [("    unread calls", "", " → ".join(map(format_percent, shares)), "", "", "")]
+    return [("  unread calls", "", " → ".join(map(format_percent, shares)), "", "", "")]
 
 
 def entropy_rows(pair: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
