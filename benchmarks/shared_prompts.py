@@ -109,8 +109,10 @@ def measure(options: argparse.Namespace, prompt_tokens: int) -> None:
         queue = context.Queue()
         child = context.Process(target=measure_memory, args=(kind, options, prompt_tokens, queue))
         child.start()
-        peaks[kind] = queue.get()
         child.join()
+        if child.exitcode:
+            raise SystemExit(f"the process of the {kind} step ended with status {child.exitcode} (-9: out of memory)")
+        peaks[kind] = queue.get()
     trainers = {kind: make_trainer(kind, options, prompt_tokens) for kind in KINDS}
     assert trainers["shared"][0].not_shared is None
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
