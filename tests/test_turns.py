@@ -141,6 +141,7 @@ def test_a_call_written_as_json_text_is_recognized(text: str) -> None:
         '{"a":' * 100_000,
         "```json\n" * 20_000,
         "a" * 100_000,
+        f"a{' ' * 100_000}[{' ' * 100_000}.",
     ],
 )
 def test_other_text_is_no_call_as_json(text: str) -> None:

@@ -17,7 +17,7 @@ MAX_RESPONSES = 200
 # Only the first characters of each response are parsed, at most this many.
 MAX_CHARACTERS = 10_000
 # What may precede the object of a call in JSON: the language of a code fence, and the bracket of a list.
-_BEFORE_CALL = re.compile(r"\s*\w*\s*\[?\s*(?=\{)")
+_BEFORE_CALL = re.compile(r"(?:\w+\s*)?(?:\[\s*)?(?=\{)")
 
 
 class FormatReading(NamedTuple):
@@ -68,7 +68,7 @@ def measure_format(tool_format: ToolFormat, texts: Sequence[str]) -> FormatReadi
 def is_json_call(text: str) -> bool:
     """Return whether a text is a call as JSON (`name` and `arguments` or `parameters`), or has one in a code fence."""
     parts = text.split("```")
-    for part in parts[1::2] or parts:
+    for part in map(str.strip, parts[1::2] or parts):
         if before := _BEFORE_CALL.match(part):
             value, _ = decode_at(part, before.end())
             if isinstance(value, dict) and isinstance(value.get("name"), str):
