@@ -121,6 +121,7 @@ CALL_IN_JSON = '{"name": "find", "arguments": {"city": "Oslo"}}'
         f"```json\n{CALL_IN_JSON}\n```",
         f"I look it up:\n\n```\n[{CALL_IN_JSON}]\n```\nDone.",
         f"```json{CALL_IN_JSON}",
+        f'```json\n{{"name": "Oslo"}}\n```\n```json\n{CALL_IN_JSON}\n```',
         CALL_IN_JSON.replace("arguments", "parameters"),
     ],
 )

@@ -71,6 +71,7 @@ def is_json_call(text: str) -> bool:
     for part in map(str.strip, parts[1::2] or parts):
         if before := _BEFORE_CALL.match(part):
             value, _ = decode_at(part, before.end())
-            if isinstance(value, dict) and isinstance(value.get("name"), str):
-                return any(isinstance(value.get(key), dict) for key in ("arguments", "parameters"))
+            is_named = isinstance(value, dict) and isinstance(value.get("name"), str)
+            if is_named and any(isinstance(value.get(key), dict) for key in ("arguments", "parameters")):
+                return True
     return False
